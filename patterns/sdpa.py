@@ -1,0 +1,52 @@
+"""`F.scaled_dot_product_attention` in all its argument forms: an attention that is one call already."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from rewriter.pattern import Answer, MaskTerm, Operand, Pattern, Reading, argument, is_call, is_number, value_of
+from rewriter.site import Refusal
+
+
+def call(node: fx.Node, reading: Reading) -> Answer:
+    """Read the arguments; `enable_gqa` needs no fact of its own, since the head counts say it."""
+    if not is_call(node, torch.ops.aten.scaled_dot_product_attention):
+        return None
+    query, key, value = (argument(node, name) for name in ("query", "key", "value"))
+    scale = argument(node, "scale")
+    if scale is None:
+        width = value_of(query).shape[-1]
+        if not isinstance(width, int):
+            return Refusal("the head size is symbolic, so the default scale is not a number")
+        scale = 1 / math.sqrt(width)
+    if not is_number(scale):
+        return Refusal("the scale is not a number")
+    reading.query, reading.key = Operand("query", query), Operand("key", key)
+    reading.value = Operand("value", value)
+    reading.scale *= scale
+    reading.causal = bool(argument(node, "is_causal"))
+    reading.dropout_p = float(argument(node, "dropout_p"))
+    reading.spelling = "sdpa"
+    mask = argument(node, "attn_mask")
+    if mask is not None and reading.causal:
+        return Refusal("a call with both a mask and is_causal, which torch does not define")
+    if mask is not None:
+        reading.terms.append(MaskTerm("keep" if value_of(mask).dtype == torch.bool else "add", mask))
+    return node
+
+
+PATTERN = Pattern(
+    name="sdpa",
+    call=call,
+    examples=(
+        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, 0.0, False, scale=0.5),
+        lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, torch.where(mask, 0.0, float("-inf")).to(q.dtype), enable_gqa=True
+        ),
+    ),
+)

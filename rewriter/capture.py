@@ -1,0 +1,105 @@
+"""A model, a dynamo graph or an exported program -> one form of graph: pre-dispatch ATen with module paths.
+
+Functions, methods and operators collapse to one spelling there, autograd still works on the result, and symbolic sizes
+survive. It is the IR that `torch.export` also gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._guards import TracingContext, detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewriter.errors import CaptureError, RewriterError
+
+Graph = fx.GraphModule
+Backend = Callable[[Graph, Sequence[Any]], Callable[..., Any]]
+
+_ENTRY_NUMBER = itertools.count()
+
+
+def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
+    """The graph that dynamo hands to a backend, re-traced to pre-dispatch ATen. Placeholders keep their order."""
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else detect_fake_mode(example_inputs)
+    if mode is None:
+        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        is_real = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+        return mode.from_tensor(value) if is_real else value
+
+    def run(*inputs: Any) -> Any:
+        return fx.Interpreter(gm).run(*inputs)
+
+    with mode, torch.fx.traceback.preserve_node_meta():
+        graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*map(fake, example_inputs))
+    for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        node.meta["is_parameter"] = isinstance(example, nn.Parameter)
+    return graph
+
+
+def module_names(model: nn.Module) -> dict[str, str]:
+    """str(id(module)) -> qualified name: the keys that dynamo leaves in `nn_module_stack`."""
+    return {str(id(module)): name for name, module in model.named_modules()}
+
+
+def site_path(node: fx.Node, names: Mapping[str, str]) -> str:
+    """The qualified name of the innermost module whose forward made this node ("" for the root)."""
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    for key, (path, *_) in reversed(stack.items()):
+        known = names.get(str(key).partition("@")[0])
+        return known if known is not None else re.sub(r"^L\[\W*\w+\W*\]\.?", "", path)
+    return ""
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the model's code that made this node, or "" where torch did not keep it."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{lines[-1][0].rpartition('/')[2]}:{lines[-1][1]}" if lines else ""
+
+
+def compiled(model: nn.Module, backend: Backend, *, dynamic: bool | None = None) -> Callable[..., Any]:
+    """`model` as a dynamo-compiled callable that leaves the module itself untouched.
+
+    dynamo keeps its cache on the code object, and many modules share one (a decorator's wrapper, `Module._call_impl`):
+    the limit on recompilations would be shared by unrelated models. So each gets an entry with a code object of its own.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"rewriter_entry_{next(_ENTRY_NUMBER)}")
+    run: Callable[..., Any] = torch.compile(call, backend=backend, dynamic=dynamic)
+    return run
+
+
+@contextmanager
+def capture_errors() -> Iterator[None]:
+    """Turn what dynamo raises into one sentence. Errors of the model's own code pass through."""
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        inner = error.inner_exception
+        if isinstance(inner, RewriterError):
+            raise inner from None
+        raise CaptureError(f"the captured graph could not be processed ({_first_line(inner)})") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise CaptureError(
+            f"torch.compile cannot capture this model ({_first_line(error)}); "
+            "run torch.compile(model) by itself to see where, and keep that part out with torch.compiler.disable"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

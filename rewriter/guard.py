@@ -1,0 +1,378 @@
+"""The guard: what decides whether a model's accuracy is acceptable. The only place that knows a number.
+
+Tolerances and bounds by dtype, calibration data, measuring a metric, and the verdict.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import CalibrationError, MetricError, OptionError
+from rewriter.metrics import BUILT_IN, Batch, Metric, primary, resolve_metric, tensors
+
+__all__ = [
+    "BUILT_IN", "Batch", "Measurement", "Metric", "Verdict", "batches_from", "check_batches", "check_max_drop", "drop",
+    "error", "evaluate", "evaluating", "judge", "measure_original", "relative_rms", "resolution", "resolve_metric",
+    "split", "tolerance",
+]  # fmt: skip
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+_TOLERANCES = {
+    # Half types: two roundings of one unit in the last place, of the probabilities and of the output.
+    torch.bfloat16: 2 * 2.0**-7,
+    torch.float16: 2 * 2.0**-10,
+    # Full types: sums over thousands of keys in another order, about 80 and 4,500 units in the last place.
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest `error` of an exact rewrite whose inputs and outputs have this type."""
+    if dtype not in _TOLERANCES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _TOLERANCES)
+        raise OptionError(f"there is no tolerance for {dtype}; use a model in one of {known}")
+    return _TOLERANCES[dtype]
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """How far a metric may fall by rounding alone when only exact variants were placed: twice the tolerance.
+
+    Measured between the eager and the SDPA attention of one 135M-parameter language model, both exact: bf16 moves
+    perplexity by up to 1% on 64 tokens (0.5% on 512), agreement of the largest class by 2%, KL by 2e-3; fp16 by 0.3%,
+    0.3% and 3e-5; fp32 by 1e-6, 0 and 1e-8. Never applied when anything approximate or learned is in the plan.
+    """
+    return 2 * tolerance(dtype)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max |expected|. Positions where `expected` is NaN are not compared.
+
+    inf where `actual` alone is NaN or infinite, or where the shapes differ.
+    """
+    return _compared(actual, expected, lambda diff, size: (diff.abs().max().item(), size.abs().max().item()))
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, the local error of a variant's output; NaN and shapes as in `error`."""
+    norm = torch.linalg.vector_norm
+    return _compared(actual, expected, lambda diff, size: (norm(diff).item(), norm(size).item()))
+
+
+def _compared(actual: Tensor, expected: Tensor, measure: Callable[[Tensor, Tensor], tuple[float, float]]) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    actual, expected = actual.detach().to(expected.device), expected.detach()
+    kept = ~expected.isnan() & (actual != expected)
+    if not bool(kept.any()):
+        return 0.0
+    wide = torch.promote_types(torch.promote_types(actual.dtype, expected.dtype), torch.float32)
+    difference = (actual.to(wide) - expected.to(wide))[kept]
+    if not bool(difference.isfinite().all()):
+        return math.inf
+    numerator, denominator = measure(difference, expected.to(wide)[expected.isfinite()])
+    return numerator / max(denominator, torch.finfo(torch.float32).tiny)
+
+
+def check_max_drop(value: Any) -> float:
+    """The bound as a fraction: 0.01, or as text "0.01" or "1%". Raises OptionError on anything else."""
+    found = value
+    if isinstance(value, str):
+        text = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)\s*", value)
+        found = float(text[1]) / (100 if text[2] else 1) if text else None
+    if isinstance(found, bool) or not isinstance(found, numbers.Real) or not math.isfinite(found):
+        raise OptionError(f"max_drop must be a number such as 0.01 (or 1% on the command line), not {value!r:.40}")
+    if found < 0:
+        raise OptionError(f"max_drop must not be negative, but is {value}; 0 allows exact rewrites only")
+    return float(found)
+
+
+# --- calibration data ------------------------------------------------------------------------------------------------
+
+
+def batches_from(calibration: Any) -> list[Batch]:
+    """The batches of a list, DataLoader or other iterable. Raises CalibrationError.
+
+    A mapping is keyword arguments; a tensor is one positional argument; a tuple or list is positional arguments, and
+    the pair (tuple, dict) is both.
+    """
+    if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
+        what = type(calibration).__name__
+        raise CalibrationError(f"calibration is a single {what}; give a list of batches, such as [batch, batch]")
+    found: list[Batch] = []
+    items = iter(calibration)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except Exception as cause:
+            raise CalibrationError(
+                f"the calibration data raised at batch {len(found)}: {_brief(cause)}; mend what yields it"
+            ) from cause
+        found.append(_batch(item, len(found)))
+    if not found:
+        raise CalibrationError("calibration is empty; give at least two batches")
+    return found
+
+
+def _batch(item: Any, index: int) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor):
+        batch = Batch((item,), source=item)
+    elif isinstance(item, Mapping) and all(isinstance(k, str) for k in item):
+        batch = Batch(kwargs=dict(item), source=item)
+    elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], tuple) and isinstance(item[1], Mapping):
+        batch = Batch(item[0], dict(item[1]), source=item)
+    elif isinstance(item, (tuple, list)):
+        batch = Batch(tuple(item), source=item)
+    else:
+        raise CalibrationError(
+            f"calibration batch {index} is a {type(item).__name__}; give a dict, a tensor or a tuple of tensors"
+        )
+    if next(tensors((batch.args, batch.kwargs)), None) is None:
+        raise CalibrationError(f"calibration batch {index} holds no tensor; tokenise it and convert it to tensors")
+    return batch
+
+
+def check_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Do the batches fit the model's `forward`, lie on its device and hold no NaN? Raises CalibrationError.
+
+    A forward with **kwargs accepts any key here; `evaluate` says so if the model then fails.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        signature = None
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    for index, batch in enumerate(batches):
+        if signature is not None:
+            _check_call(signature, batch, index)
+        names = [str(i) for i in range(len(batch.args))] + list(batch.kwargs)
+        for name, value in zip(names, (*batch.args, *batch.kwargs.values()), strict=True):
+            for tensor in tensors(value):
+                if devices and tensor.device not in devices:
+                    there = " and ".join(sorted(map(str, devices)))
+                    raise CalibrationError(
+                        f"argument {name} of calibration batch {index} is on {tensor.device} and the model on {there}; "
+                        "move the batches to the model's device"
+                    )
+                if tensor.is_floating_point() and not tensor.is_meta and bool(tensor.isnan().any()):
+                    raise CalibrationError(f"argument {name} of calibration batch {index} has NaN in it; remove it")
+
+
+def _check_call(signature: inspect.Signature, batch: Batch, index: int) -> None:
+    kinds = {name: p.kind for name, p in signature.parameters.items()}
+    names = [
+        n for n, kind in kinds.items() if kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+    accepted = ", ".join(names) or "nothing"
+    wrong = [repr(key) for key in batch.kwargs if key not in names]
+    if wrong and inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        raise CalibrationError(
+            f"calibration batch {index} has {', '.join(wrong)}, which the model does not take; it takes {accepted}"
+        )
+    try:
+        signature.bind(*batch.args, **batch.kwargs)
+    except TypeError as cause:
+        raise CalibrationError(
+            f"calibration batch {index} does not fit the model: {cause}; it takes {accepted}"
+        ) from None
+
+
+def split(batches: Sequence[Batch], seed: int) -> tuple[list[Batch], list[Batch]]:
+    """(search, held out): a random half each, the odd one held out. Raises CalibrationError below two batches."""
+    if len(batches) < 2:
+        raise CalibrationError(
+            f"calibration has {len(batches)} batch, and one part must stay unseen by the search; give at least two"
+        )
+    order = list(range(len(batches)))
+    random.Random(seed).shuffle(order)
+    half = len(order) // 2
+    return [batches[i] for i in sorted(order[:half])], [batches[i] for i in sorted(order[half:])]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric on some batches: (sum, weight) of each, in their order, so that two measurements can be paired."""
+
+    metric: Metric
+    samples: tuple[tuple[float, float], ...]
+
+    @property
+    def value(self) -> float:
+        """The metric over all batches."""
+        return self.metric.finish(sum(s for s, _ in self.samples) / sum(w for _, w in self.samples))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; every submodule's mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        # Not inference_mode: graphs compiled here are reused for training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def evaluate(
+    metric: Metric, model: nn.Module, batches: Sequence[Batch], references: Sequence[Any] | None = None
+) -> Measurement:
+    """Measure the model. `references` are the original's outputs, one a batch, where the metric needs them.
+
+    Raises CalibrationError when the model raises, MetricError when the metric does or gives no finite number.
+    """
+    if metric.needs_reference and (references is None or len(references) != len(batches)):
+        raise MetricError(f"metric {metric.name!r} compares with the original's outputs; give one a batch")
+    return _measure(metric, model, batches, references or ())[0]
+
+
+def measure_original(metric: Metric, model: nn.Module, batches: Sequence[Batch]) -> tuple[Measurement, list[Tensor]]:
+    """Measure the original in one pass, and keep the outputs that `evaluate` needs as references (else none)."""
+    return _measure(metric, model, batches, None)
+
+
+def _measure(
+    metric: Metric, model: nn.Module, batches: Sequence[Batch], references: Sequence[Any] | None
+) -> tuple[Measurement, list[Tensor]]:
+    samples: list[tuple[float, float]] = []
+    kept: list[Tensor] = []
+    with evaluating(model):
+        for index, batch in enumerate(batches):
+            outputs = _outputs(model, batch, index) if metric.score is not None else None
+            try:
+                if metric.needs_reference and references is None:
+                    kept.append(primary(outputs))
+                value, weight = _score(metric, model, batch, outputs, (references or kept or {index: None})[index])
+            except Exception as cause:
+                raise MetricError(
+                    f"metric {metric.name!r} failed on batch {index}: {_brief(cause)}; mend it or choose another metric"
+                ) from cause
+            if not math.isfinite(value) or not math.isfinite(weight) or weight < 0:
+                raise MetricError(
+                    f"metric {metric.name!r} gave {value} on batch {index}; look for empty or damaged data there, or "
+                    "choose another metric"
+                )
+            samples.append((value, weight))
+    if sum(weight for _, weight in samples) <= 0:
+        raise MetricError(f"metric {metric.name!r} found nothing to score; give batches with unpadded, labelled data")
+    return Measurement(metric, tuple(samples)), kept
+
+
+def _score(metric: Metric, model: nn.Module, batch: Batch, outputs: Any, reference: Any) -> tuple[float, float]:
+    if metric.score is not None:
+        total, weight = metric.score(outputs, reference, batch)
+        return float(total), float(weight)
+    assert metric.fn is not None
+    return float(metric.fn(model, batch.given)), 1.0
+
+
+def _outputs(model: nn.Module, batch: Batch, index: int) -> Any:
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except Exception as cause:
+        keys = ", ".join([*(f"#{i}" for i in range(len(batch.args))), *batch.kwargs])
+        raise CalibrationError(
+            f"the model failed on calibration batch {index} (arguments {keys}): {_brief(cause)}; mend the batch"
+        ) from cause
+
+
+def _brief(cause: Exception) -> str:
+    """One line of at most 200 characters."""
+    text = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+    text = text if len(text) <= 200 else text[:197] + "..."
+    return text if isinstance(cause, MetricError) else f"{type(cause).__name__}: {text}"
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def drop(metric: Metric, original: Measurement, candidate: Measurement) -> float:
+    """How much worse the candidate is, relative to |original| (kl: the difference itself). Negative is better.
+
+    Where the original is 0 nothing is relative to it: any worsening is inf, and no improvement counts.
+    """
+    worse = candidate.value - original.value
+    worse = -worse if metric.higher_is_better else worse
+    if metric.absolute:
+        return worse
+    if original.value == 0:
+        return math.inf if worse > 0 else 0.0
+    return worse / abs(original.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the guard says of a candidate on held-out batches. `rounding` is the allowance of an exact plan, else 0."""
+
+    metric: str
+    direction: str
+    absolute: bool
+    max_drop: float
+    original: float
+    candidate: float
+    drop: float
+    rounding: float
+    held: bool
+    batches: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a drop from 0 (infinite) is null."""
+        return {**vars(self), "drop": self.drop if math.isfinite(self.drop) else None}
+
+    def __str__(self) -> str:
+        unit = (lambda x: f"{x:g}") if self.absolute else (lambda x: f"{100 * x:g}%")
+        # The sign of the change, not of the drop: what went down is shown going down.
+        change = self.drop if self.direction == "lower" else -self.drop
+        signed = f"{change:+.2g}" if self.absolute or math.isinf(change) else f"{change:+.2%}"
+        rounding = f" or {unit(float(f'{self.rounding:.2g}'))} by rounding" if self.rounding > self.max_drop else ""
+        return (
+            f"{self.metric} {self.original:#.4g} -> {self.candidate:#.4g} ({signed}, bound {unit(self.max_drop)}"
+            f"{rounding}): {'held' if self.held else 'not held'}"
+        )
+
+
+def judge(
+    original: Measurement, candidate: Measurement, max_drop: float, *, exact: torch.dtype | None = None
+) -> Verdict:
+    """The verdict on a candidate measured on the same batches as the original.
+
+    `exact` is the model's type when only exact variants were placed: the metric may then move by `resolution`.
+    """
+    metric = original.metric
+    if len(original.samples) != len(candidate.samples) or candidate.metric.name != metric.name:
+        raise MetricError("original and candidate were not measured by one metric on the same batches; measure again")
+    rounding = resolution(exact) if exact is not None else 0.0
+    worse = drop(metric, original, candidate)
+    return Verdict(
+        metric=metric.name,
+        direction="higher" if metric.higher_is_better else "lower",
+        absolute=metric.absolute,
+        max_drop=max_drop,
+        original=original.value,
+        candidate=candidate.value,
+        drop=worse,
+        rounding=rounding,
+        held=worse <= max(max_drop, rounding),
+        batches=len(original.samples),
+    )

@@ -1,0 +1,55 @@
+"""`rewriter::attention`, the canonical operator to which every spelling is raised.
+
+    out = softmax(scale * q k^T + mask) v          q (B, H, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)
+
+`mask` is the whole mask, bool (True: visible) or additive; where it is None, `structure` (a positional `Mask` as text)
+says everything. `padding` (bool (B, Skv)) is the data-dependent factor of a mask that is structure and padding: it adds
+nothing to the mathematics here, and spares variants the search for it. A row whose bool mask hides every key gives 0.
+The operator is composite: fake tensors and autograd see its plain mathematics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewriter.site import Mask
+
+_LIBRARY = torch.library.Library("rewriter", "DEF")
+_LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? padding, float scale, str structure, "
+    "float dropout_p) -> Tensor"
+)
+
+
+def attention_math(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    scale: float,
+    structure: str,
+    dropout_p: float,
+) -> Tensor:
+    """The definition, in float32 or wider."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
+    if mask is None:
+        positional = Mask.parse(structure).positional
+        mask = positional.visible(query.shape[-2], key.shape[-2], query.device) if list(positional.parts()) else None
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+        weights = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    else:
+        weights = (scores if mask is None else scores + mask.to(wide)).softmax(-1)
+    weights = torch.dropout(weights, dropout_p, train=dropout_p > 0)
+    return (weights @ value.to(wide)).to(query.dtype)
+
+
+_LIBRARY.impl("attention", attention_math, "CompositeImplicitAutograd")
+
+attention = torch.ops.rewriter.attention.default

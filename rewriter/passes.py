@@ -1,0 +1,54 @@
+"""The pipeline: named functions that a graph goes through, each printed on request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter import debug
+from rewriter.capture import Graph, to_aten
+from rewriter.detect import Detection, detect
+from rewriter.lower import lower
+from rewriter.raising import Match, raise_sites
+from rewriter.variant import Implementation
+
+Choose = Callable[[Match], Implementation | None]
+"""What to place at a match; None leaves the original."""
+
+
+@dataclass
+class Rewrite:
+    """One graph on its way. `seconds` holds how long each pass took."""
+
+    graph: Graph
+    names: Mapping[str, str]
+    detection: Detection = field(default_factory=Detection)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def step(self, name: str, function: Callable[[], Any]) -> Any:
+        """Run one named pass."""
+        start = time.perf_counter()
+        result = function()
+        self.seconds[name] = time.perf_counter() - start
+        debug.graph(name, self.graph)
+        return result
+
+
+def captured(gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str]) -> Rewrite:
+    """Capture and detect: the graph in ATen, with its sites known and nothing changed."""
+    work = Rewrite(gm, names)
+    work.graph = work.step("capture", lambda: to_aten(gm, example_inputs))
+    work.detection = work.step("detect", lambda: detect(work.graph, names))
+    debug.sites(work.detection)
+    return work
+
+
+def rewritten(work: Rewrite, choose: Choose) -> Graph:
+    """Raise, select and lower: the graph with the chosen implementations."""
+    chosen = {match.site.path: choose(match) for match in work.detection.matches}
+    taken = [match for match in work.detection.matches if chosen[match.site.path] is not None]
+    raised = work.step("raise", lambda: raise_sites(work.graph, taken))
+    graph: Graph = work.step("lower", lambda: lower(work.graph, raised, chosen))
+    return graph

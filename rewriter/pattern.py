@@ -1,0 +1,198 @@
+"""What a file in `patterns/` declares: one element of how attention is spelled in graphs.
+
+The walk (`rewriter.detect`) starts at a normaliser, goes up to the product of queries and keys and down to the product
+with the values, and asks the patterns at every node. A pattern answers with the node to go on from, with a `Refusal`
+(this is mine, and it cannot be taken), or with None (not mine). Facts go into the `Reading`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.site import Refusal
+from rewriter.variant import modules_of
+
+Answer = fx.Node | Refusal | None
+
+
+@dataclass
+class Operand:
+    """A query, key or value as the walk strips it: node * scale, its last two axes swapped, its heads repeated.
+
+    `shared` is the operand as it was above the repetition of its heads.
+    """
+
+    role: Literal["query", "key", "value"]
+    node: fx.Node
+    scale: float = 1.0
+    transposed: bool = False
+    groups: int = 1
+    shared: Operand | None = None
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One mask in the scores. "add": additive; "keep": bool, True is visible; "drop": bool, True is hidden.
+
+    `factor` multiplies an additive mask (a scale that stands above it); `fill` is what a hidden score becomes.
+    """
+
+    kind: Literal["add", "keep", "drop"]
+    node: fx.Node
+    factor: float = 1.0
+    fill: float = float("-inf")
+
+
+@dataclass
+class Reading:
+    """All that has been read of one attention so far."""
+
+    query: Operand | None = None
+    key: Operand | None = None
+    value: Operand | None = None
+    scale: float = 1.0
+    terms: list[MaskTerm] = field(default_factory=list)
+    causal: bool = False
+    softmax_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
+    spelling: str = "eager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """One element of the grammar. Every role is optional.
+
+    call        an attention that is one node already; fills the reading and returns the output node
+    normaliser  weights -> the scores below it
+    score       scores -> the scores below an element (scale, mask, cast, ...)
+    product     scores -> the node itself, with query and key filled in
+    operand     a query, key or value -> what it was made from
+    weight      (user of the weights, weights, reading) -> the next weights, or the output where the values come in
+    factors     a bool mask -> the masks whose conjunction it is, with their polarity (True: as they are)
+    examples    functions (query, key, value, mask) -> out that use this spelling; `mask` is bool, True is visible
+    """
+
+    name: str
+    call: Callable[[fx.Node, Reading], Answer] | None = None
+    normaliser: Callable[[fx.Node, Reading], Answer] | None = None
+    score: Callable[[fx.Node, Reading], Answer] | None = None
+    product: Callable[[fx.Node, Reading], Answer] | None = None
+    operand: Callable[[fx.Node, Operand], Answer] | None = None
+    weight: Callable[[fx.Node, fx.Node, Reading], Answer] | None = None
+    factors: Callable[[fx.Node], list[tuple[fx.Node, bool]] | None] | None = None
+    examples: Sequence[Callable[..., Tensor]] = ()
+
+
+@cache
+def patterns() -> dict[str, Pattern]:
+    """All patterns by name: the files of `rewriter.patterns`."""
+    import rewriter.patterns as package
+
+    found = [module.PATTERN for module in modules_of(package)]
+    return {pattern.name: pattern for pattern in found}
+
+
+# --- small readers that patterns share ---------------------------------------------------------------------------------
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Is this a call of one of these operators (packets match all their overloads)?"""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is target or packet is target for target in targets)
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an operator call by its name in the schema."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            if position < len(node.args):
+                return node.args[position]
+            return declared.default_value if declared.has_default_value() else default
+    return default
+
+
+def value_of(node: fx.Node) -> Tensor:
+    """The fake tensor that stands for this node's value."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def is_number(value: Any) -> bool:
+    """A Python number, not a tensor and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def unsliced(node: fx.Node) -> fx.Node:
+    """Through slices that keep everything: `x[:, None]` writes them where sizes are symbolic."""
+    while is_call(node, torch.ops.aten.slice) and value_of(node).shape == value_of(node.all_input_nodes[0]).shape:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def constant(value: Any) -> float | None:
+    """The number that a literal or a constant-filled node holds."""
+    if is_number(value):
+        return float(value)
+    if is_call(value, _ATEN.full, _ATEN.full_like, _ATEN.scalar_tensor):
+        filled = value.args[0] if is_call(value, _ATEN.scalar_tensor) else value.args[1]
+        return float(filled) if is_number(filled) else None
+    if is_call(value, _ATEN.zeros, _ATEN.zeros_like, _ATEN.new_zeros):
+        return 0.0
+    if is_call(value, _ATEN.to, _ATEN.expand, _ATEN.lift_fresh_copy, _ATEN.detach_, _ATEN.clone, _ATEN.alias):
+        return constant(value.args[0])
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held = getattr(value.graph.owning_module, str(value.target), None)
+        if isinstance(held, torch.Tensor) and held.numel() == 1:
+            return float(held)
+    return None
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Does this node hold weights, directly or through views? Then a product with it is a linear layer."""
+    while is_call(node, *_VIEWS):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    if node.op not in ("placeholder", "get_attr"):
+        return False
+    return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+
+
+def comes_from_product(node: fx.Node, limit: int = 400) -> bool:
+    """Does a product of two activations stand above this node, with only elementwise steps and views between?"""
+    seen, todo = {node}, [node]
+    while todo and len(seen) < limit:
+        current = todo.pop()
+        if is_call(current, *PRODUCTS):
+            if not any(isinstance(a, fx.Node) and is_parameter(a) for a in current.args):
+                return True
+            continue
+        if is_call(current, *_BARRIERS) or current.op != "call_function":
+            continue
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
+
+_ATEN = torch.ops.aten
+PRODUCTS = (_ATEN.matmul, _ATEN.bmm, _ATEN.baddbmm, _ATEN.einsum, _ATEN.mm)
+_VIEWS = (_ATEN.transpose, _ATEN.t, _ATEN.permute, _ATEN.view, _ATEN.reshape, _ATEN.to, _ATEN.expand, _ATEN.unsqueeze)
+_BARRIERS = (
+    _ATEN.linear, _ATEN.addmm, _ATEN.embedding, _ATEN.softmax, _ATEN.layer_norm, _ATEN.native_layer_norm,
+    _ATEN.convolution, _ATEN.conv2d, _ATEN.conv1d, _ATEN.scaled_dot_product_attention, _ATEN.rms_norm,
+)  # fmt: skip

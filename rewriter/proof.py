@@ -1,0 +1,80 @@
+"""Each match is re-executed against the canonical operator, on random and adversarial inputs, before it counts.
+
+Sizes are shrunk where the graph allows it, and equal regions are proved once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rewriter.guard import error, tolerance
+from rewriter.ops import attention
+from rewriter.raising import Match
+from rewriter.region import Region, Sizes, region_of, run
+from rewriter.site import Refusal
+
+_SMALL = (19, 23)
+"""Query and key lengths of a shrunk region: different primes, so that no axis is taken for another."""
+_WORTH_SHRINKING = 32
+_MOST_SCORES = 1 << 26
+"""A region that cannot be shrunk is run at its own size up to this many scores."""
+_TRIALS: dict[str, dict[str, Any]] = {
+    "random": {},
+    "large": {"magnitude": 30.0},
+    "hidden-row": {"hide_rows": True},
+}
+
+
+class Proof:
+    """Remembers which regions were proved."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Refusal | None] = {}
+
+    def check(self, match: Match) -> Refusal | None:
+        """None where the match computes what its site says, else the disagreement with its numbers."""
+        region = region_of(match)
+        if isinstance(region, Refusal):
+            return region
+        identity = region.identity()
+        if identity not in self._known:
+            self._known[identity] = _prove(region)
+        return self._known[identity]
+
+
+def _prove(region: Region) -> Refusal | None:
+    q_len, kv_len = region.lengths
+    if max(q_len, kv_len) > _WORTH_SHRINKING:
+        small = region.resized(_SMALL[0], _SMALL[q_len != kv_len])
+        try:
+            if small:
+                return _compare(region, small)
+        except (RuntimeError, IndexError, ValueError):
+            pass  # A size depends on the length in a way of its own: run the region as it is.
+    scores = q_len * kv_len * region.batch * region.match.site.heads
+    if scores > _MOST_SCORES:
+        return Refusal(f"a region of {scores:,} scores is too large to be proved, and its sizes cannot be shrunk")
+    try:
+        return _compare(region, {})
+    except (RuntimeError, IndexError, ValueError) as failure:
+        return Refusal(f"the region could not be run by itself ({str(failure).splitlines()[0]})")
+
+
+def _compare(region: Region, sizes: Sizes) -> Refusal | None:
+    match = region.match
+    original = region.module(sizes, proof=True)
+    scale, structure, _ = match.constants()
+    for name, settings in _TRIALS.items():
+        values = region.values(sizes, proof=True, **settings)
+        with torch.no_grad():
+            expected = original(*(values[node].clone() for node in match.inputs))
+            tensors = region.operands(values, keep_mask=True)
+            actual = match.result(run, attention(*tensors, scale, structure, 0.0))
+        if actual.shape != expected.shape:
+            return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
+        difference = error(actual.to(expected.dtype), expected)
+        if not difference <= tolerance(expected.dtype):
+            return Refusal(f"proof failed on {name} inputs: the results differ by {difference:.3g} of the largest value")
+    return None

@@ -1,0 +1,173 @@
+"""The region of a match, the original code of one attention, as something that runs by itself.
+
+It is cut at the inputs of the match. The proof runs it on small sizes in full precision, the tuner times it and keeps it
+as the original implementation beside the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rewriter.pattern import argument, is_call, value_of
+from rewriter.raising import Match, Operands, compose_mask, compose_padding
+from rewriter.site import Padding, Refusal
+
+_ATEN = torch.ops.aten
+
+Sizes = Mapping[int, int]
+"""Which integers to replace by which: token counts by other token counts."""
+
+
+class Region:
+    """The nodes between the inputs of a match and its output. Raises `ValueError` where there are more inputs."""
+
+    def __init__(self, match: Match) -> None:
+        inputs, needed, todo = set(match.inputs), {match.output}, [match.output]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source in inputs or source in needed or _is_size(source):
+                    continue
+                if source.op == "placeholder":
+                    raise ValueError(f"the attention also depends on {source.name}, which is not read as a part of it")
+                needed.add(source)
+                todo.append(source)
+        self.match = match
+        self.nodes = [node for node in match.output.graph.nodes if node in needed]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """(Sq, Skv) as captured."""
+        reading = self.match.reading
+        assert reading.query and reading.key
+        key_axis = -1 if reading.key.transposed else -2
+        return hint(value_of(reading.query.node).shape[-2]), hint(value_of(reading.key.node).shape[key_axis])
+
+    @property
+    def batch(self) -> int:
+        """B as captured."""
+        assert self.match.reading.query is not None
+        return hint(value_of(self.match.reading.query.node).shape[0])
+
+    def resized(self, q_len: int, kv_len: int) -> Sizes:
+        """The replacement that gives the region other lengths; empty where an integer has another meaning too."""
+        site, (own_q, own_kv) = self.match.site, self.lengths
+        others = {site.heads, site.kv_heads, site.head_dim, site.v_head_dim, self.batch, 1, 0}
+        if others & {own_q, own_kv} or (own_q == own_kv) != (q_len == kv_len):
+            return {}
+        return {own_q: q_len, own_kv: kv_len}
+
+    def identity(self) -> str:
+        """Two regions with the same text compute the same function of inputs of the same shapes."""
+        inputs = self.match.inputs
+        names = {n: f"i{k}" for k, n in enumerate(inputs)} | {n: f"n{k}" for k, n in enumerate(self.nodes)}
+        lines = [f"{value_of(n).dtype}{tuple(map(hint, value_of(n).shape))}" for n in inputs]
+        for node in self.nodes:
+            args = fx.map_arg((node.args, node.kwargs), lambda n: names.get(n) or f"={hint(n.meta['val'])}")
+            lines.append(f"{node.target}{args}")
+        return "\n".join([*lines, self.match.site.key(), str(len(self.match.reading.terms))])
+
+    def module(self, sizes: Sizes | None = None, *, proof: bool = False) -> fx.GraphModule:
+        """The region as a module of the values of `match.inputs`. For a proof: full precision, no dropout.
+
+        Symbolic sizes from outside the region become the numbers they were captured with.
+        """
+        graph, copies = fx.Graph(), dict[fx.Node, Any]()
+        for index, node in enumerate(self.match.inputs):
+            copies[node] = graph.placeholder(f"input_{index}")
+
+        def copied(node: fx.Node) -> Any:
+            return copies[node] if node in copies else changed(hint(node.meta["val"]))
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return proof_dtype(value) if proof else value
+            return (sizes or {}).get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+        for node in self.nodes:
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), changed)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((args, kwargs), copied)
+            if proof and is_call(node, _ATEN.dropout, _ATEN.dropout_):
+                copies[node] = args[0]
+                continue
+            if proof and is_call(node, _ATEN.scaled_dot_product_attention) and argument(node, "dropout_p"):
+                kwargs = {n: v for n, v in kwargs.items() if n != "dropout_p"}
+                args = (*args[:4], 0.0, *args[5:])
+            copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+        graph.output(copies[self.match.output])
+        owner = self.match.output.graph.owning_module
+        assert owner is not None
+        return fx.GraphModule(owner, graph)
+
+    def values(
+        self,
+        sizes: Sizes | None = None,
+        *,
+        proof: bool = False,
+        magnitude: float = 1.0,
+        hide_rows: bool = False,
+        seed: int = 0,
+    ) -> dict[fx.Node, Tensor]:
+        """Random values of the inputs. Masks hide about a third; with `hide_rows` the first query sees nothing."""
+        generator = torch.Generator().manual_seed(seed)
+        terms = {term.node for term in self.match.reading.terms}
+        values: dict[fx.Node, Tensor] = {}
+        for node in self.match.inputs:
+            fake = value_of(node)
+            dtype = proof_dtype(fake.dtype) if proof else fake.dtype
+            shape = [(sizes or {}).get(hint(n), hint(n)) for n in fake.shape]
+            if node in terms or node is self.match.padding:
+                visible = torch.rand(shape, generator=generator) < 0.7
+                if hide_rows and len(shape) > 1:
+                    visible[..., :1, :] = False
+                tensor = visible if dtype == torch.bool else _as_numbers(visible, dtype, generator)
+            else:
+                tensor = torch.randn(shape, generator=generator).mul(magnitude).to(dtype)
+            values[node] = tensor.to(fake.device)
+        return values
+
+    def operands(self, values: Mapping[fx.Node, Tensor], *, keep_mask: bool) -> Operands:
+        """The canonical operands from the values of the inputs; without `keep_mask` as they are placed in the graph."""
+        match = self.match
+        dtype = values[match.inputs[0]].dtype
+        mask = compose_mask(run, match, values.__getitem__, dtype) if keep_mask or not match.mask_is_structure else None
+        padding = compose_padding(run, match, values.__getitem__) if match.site.mask.has(Padding) else None
+        return match.operands(run, values.__getitem__, mask, padding)
+
+
+def run(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `Emit` that computes."""
+    return operator(*args, **kwargs)
+
+
+def proof_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The mathematics is proved where rounding does not hide a mistake."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def hint(size: Any) -> int:
+    """A size as a number: a symbolic one as captured."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def region_of(match: Match) -> Region | Refusal:
+    """The region, or why the match is not whole."""
+    try:
+        return Region(match)
+    except ValueError as reason:
+        return Refusal(str(reason))
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
+def _as_numbers(visible: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Added to scores: a bias where visible, the lowest finite number where not. Integers: 1 and 0."""
+    if not dtype.is_floating_point:
+        return visible.to(dtype)
+    bias = torch.randn(visible.shape, generator=generator).to(dtype)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)

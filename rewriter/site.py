@@ -1,0 +1,214 @@
+"""What is known about one attention: `AttentionSite`, its mask as a value of a small algebra, and `Refusal`.
+
+This is all that `patterns/` (which produce sites) and `kernels/` (which consume them) share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+#
+# Positions are compared by *age*: age(i, j) = (i + Skv - Sq) - j, how many tokens before query i its key j stands when
+# the last query is aligned with the last key. With a KV cache this is the distance that the model means; without one
+# (Sq == Skv) it is i - j.
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may see. Masks combine with `&`; `str(mask)` is read back by `Mask.parse`."""
+
+    def __and__(self, other: Mask) -> Mask:
+        parts = [p for m in (self, other) for p in m.parts() if not isinstance(p, Full)]
+        unique = tuple(dict.fromkeys(parts))
+        return unique[0] if len(unique) == 1 else And(unique) if unique else Full()
+
+    def parts(self) -> Iterator[Mask]:
+        """The factors of the intersection."""
+        yield self
+
+    @property
+    def positional(self) -> Mask:
+        """The factors that depend on positions only, intersected."""
+        kept = Full() & Full()
+        for part in self.parts():
+            if isinstance(part, (Causal, SlidingWindow)):
+                kept = kept & part
+        return kept
+
+    def has(self, kind: type[Mask]) -> bool:
+        """Is a factor of this kind present?"""
+        return any(isinstance(p, kind) for p in self.parts())
+
+    def visible(self, q_len: int, kv_len: int, device: Any = None) -> Tensor:
+        """bool[q_len, kv_len], True where the positional factors let query i see key j."""
+        age = ages(q_len, kv_len, device)
+        seen = torch.ones_like(age, dtype=torch.bool)
+        for part in self.parts():
+            if isinstance(part, Causal):
+                seen &= age >= -part.offset
+            elif isinstance(part, SlidingWindow):
+                if part.left is not None:
+                    seen &= age <= part.left
+                if part.right is not None:
+                    seen &= age >= -part.right
+        return seen
+
+    def __str__(self) -> str:
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        values = [getattr(self, f.name) for f in fields(self)]
+        return f"{name}({', '.join('inf' if v is None else str(v) for v in values)})" if values else name
+
+    @staticmethod
+    def parse(text: str) -> Mask:
+        """The mask that `str` printed. Raises ValueError on anything else."""
+        mask: Mask = Full()
+        for word in text.split(" & "):
+            found = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?", word.strip())
+            kind = _KINDS.get(found[1]) if found else None
+            if found is None or kind is None:
+                raise ValueError(f"not a mask: {text!r}")
+            values = [None if v.strip() == "inf" else int(v) for v in found[2].split(",")] if found[2] else []
+            mask = mask & kind(*values)
+        return mask
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every key is visible."""
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Key j is visible to query i iff age(i, j) >= -offset; offset 0 is the usual causal mask, aligned at the end."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """Visible iff -right <= age <= left. `None` is unbounded. A window of w tokens with itself is (w - 1, 0)."""
+
+    left: int | None
+    right: int | None
+
+
+@dataclass(frozen=True)
+class Padding(Mask):
+    """Depends on data: bool[B, Skv], the same for every query and head."""
+
+
+@dataclass(frozen=True)
+class Dense(Mask):
+    """A mask about which nothing more is known: any tensor that broadcasts to (B, H, Sq, Skv)."""
+
+
+@dataclass(frozen=True)
+class And(Mask):
+    """The intersection of several factors."""
+
+    factors: tuple[Mask, ...] = ()
+
+    def parts(self) -> Iterator[Mask]:
+        return iter(self.factors)
+
+    def __str__(self) -> str:
+        return " & ".join(sorted(map(str, self.factors)))
+
+
+_KINDS: dict[str, type[Mask]] = {
+    "full": Full, "causal": Causal, "sliding_window": SlidingWindow, "padding": Padding, "dense": Dense,
+}  # fmt: skip
+
+
+def ages(q_len: int, kv_len: int, device: Any = None) -> Tensor:
+    """int64[q_len, kv_len]: how many tokens before query i its key j stands, aligned at the end."""
+    q = torch.arange(kv_len - q_len, kv_len, device=device)
+    return q[:, None] - torch.arange(kv_len, device=device)[None, :]
+
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """Every fact about one attention: out = softmax(scale * q k^T + mask) v, per head.
+
+    Lengths and batch are None where the graph is symbolic in them. `dtype` is the type of q, k and v as torch prints it
+    without the prefix ("bfloat16"); `softmax_dtype` is the type in which the original normalises.
+    """
+
+    path: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    scale: float
+    mask: Mask
+    batch: int | None = None
+    q_len: int | None = None
+    kv_len: int | None = None
+    device: str = "cpu"
+    softmax_dtype: str | None = None
+    dropout_p: float = 0.0
+    spelling: str = "eager"
+    source: str = ""
+
+    def key(self) -> str:
+        """The identity of the computation, for plans and measurements: all facts but place, sizes and spelling."""
+        skip = {"path", "source", "batch", "q_len", "kv_len", "spelling"}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        return ",".join(f"{name}={value}" for name, value in facts.items())
+
+    def sized(self, *, batch: int, q_len: int, kv_len: int) -> AttentionSite:
+        """The same site with concrete sizes."""
+        return replace(self, batch=batch, q_len=q_len, kv_len=kv_len)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as a torch object."""
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def single_query_decode(self) -> bool:
+        """One query that sees everything before it: the step of a KV cache, causal by itself."""
+        return self.q_len == 1 and self.mask.positional in (Full(), Causal(0))
+
+    def __str__(self) -> str:
+        shared = f"/{self.kv_heads}" if self.kv_heads != self.heads else ""
+        dims = f"{self.head_dim}" if self.v_head_dim == self.head_dim else f"{self.head_dim}>{self.v_head_dim}"
+        lengths = "x".join("?" if n is None else str(n) for n in (self.q_len, self.kv_len))
+        drop = f" dropout={self.dropout_p}" if self.dropout_p else ""
+        return (
+            f"{self.path or '<root>'}: {self.heads}{shared} heads of {dims}, {lengths} tokens, {self.mask}, "
+            f"scale {self.scale:.4g}, {self.dtype}{drop} [{self.spelling}]"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only; the mask as its string."""
+        return {f.name: str(v) if isinstance(v := getattr(self, f.name), Mask) else v for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A falsy value with a sentence: which fact stood in the way, and where."""
+
+    reason: str
+    path: str = ""
+    source: str = ""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        place = ", ".join(p for p in (self.path, self.source) if p)
+        return f"{place}: {self.reason}" if place else self.reason

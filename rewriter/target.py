@@ -1,0 +1,47 @@
+"""The machine that the code will run on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Device, its capability and the versions that decide which code is generated and how fast it runs."""
+
+    device: str
+    capability: str
+    torch: str
+    triton: str | None
+    threads: int
+
+    @staticmethod
+    def current(device: str | torch.device = "cpu") -> Target:
+        """The target that `device` is on this machine."""
+        kind = torch.device(device).type
+        if kind == "cuda" and torch.cuda.is_available():
+            capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        elif kind == "cpu":
+            capability = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+        else:
+            capability = kind
+        try:
+            triton = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            triton = None
+        return Target(
+            device=kind,
+            capability=capability,
+            torch=torch.__version__,
+            triton=triton,
+            threads=torch.get_num_threads(),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
