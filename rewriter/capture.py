@@ -48,6 +48,20 @@ def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
     return graph
 
 
+def exported(program: torch.export.ExportedProgram) -> Graph:
+    """The graph of an exported program, which is pre-dispatch ATen already, with its parameters as attributes."""
+    gm = program.module()
+    assert isinstance(gm, Graph)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        held: Any = gm
+        for name in str(node.target).split("."):
+            held = getattr(held, name)
+        node.meta["is_parameter"] = isinstance(held, nn.Parameter)
+        if isinstance(held, torch.Tensor):
+            node.meta.setdefault("val", held)
+    return gm
+
+
 def module_names(model: nn.Module) -> dict[str, str]:
     """str(id(module)) -> qualified name: the keys that dynamo leaves in `nn_module_stack`."""
     return {str(id(module)): name for name, module in model.named_modules()}

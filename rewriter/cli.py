@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from rewriter import debug
-from rewriter.errors import CheckpointError, GuardError, OptionError, RewriterError
+from rewriter.errors import GuardError, OptionError, RewriterError
 
 app = typer.Typer(
     help="Finds every attention in a PyTorch model and replaces it by efficient variants, under an accuracy guard.",
@@ -37,14 +37,14 @@ Document = dict[str, Any]
 Advance = Callable[[str, int, int | None], None]
 
 
-class Goal(str, Enum):
+class Goal(StrEnum):
     """What `convert` makes small."""
 
     latency = "latency"
     memory = "memory"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The type to load the weights in."""
 
     float32 = "float32"
@@ -188,11 +188,8 @@ def demo(
     from rewriter.demo import run as run_demo
     from rewriter.guard import check_max_drop
 
-    with progress() as advance:
-        return run_demo(
-            max_drop=check_max_drop(max_drop), model=model, quick=quick, advance=advance,
-            console=None if as_json else stdout(),
-        )  # fmt: skip
+    console = Console(quiet=True) if as_json else stdout()
+    return run_demo(max_drop=check_max_drop(max_drop), model=model, quick=quick, working=progress, console=console)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

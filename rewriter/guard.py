@@ -110,7 +110,7 @@ def batches_from(calibration: Any) -> list[Batch]:
     """
     if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
         what = type(calibration).__name__
-        raise CalibrationError(f"calibration is a single {what}; give a list of batches, such as [batch, batch]")
+        raise CalibrationError(f"calibration is a single {what}; give a list of batches, or a DataLoader")
     found: list[Batch] = []
     items = iter(calibration)
     while True:
@@ -261,9 +261,12 @@ def _measure(
         for index, batch in enumerate(batches):
             outputs = _outputs(model, batch, index) if metric.score is not None else None
             try:
-                if metric.needs_reference and references is None:
-                    kept.append(primary(outputs))
-                value, weight = _score(metric, model, batch, outputs, (references or kept or {index: None})[index])
+                reference = None
+                if metric.needs_reference:
+                    if references is None:
+                        kept.append(primary(outputs))
+                    reference = (kept if references is None else references)[index]
+                value, weight = _score(metric, model, batch, outputs, reference)
             except Exception as cause:
                 raise MetricError(
                     f"metric {metric.name!r} failed on batch {index}: {_brief(cause)}; mend it or choose another metric"
@@ -341,11 +344,13 @@ class Verdict:
         return {**vars(self), "drop": self.drop if math.isfinite(self.drop) else None}
 
     def __str__(self) -> str:
-        unit = (lambda x: f"{x:g}") if self.absolute else (lambda x: f"{100 * x:g}%")
+        def unit(x: float) -> str:
+            return f"{x:.3g}" if self.absolute else f"{100 * x:.3g}%"
+
         # The sign of the change, not of the drop: what went down is shown going down.
         change = self.drop if self.direction == "lower" else -self.drop
         signed = f"{change:+.2g}" if self.absolute or math.isinf(change) else f"{change:+.2%}"
-        rounding = f" or {unit(float(f'{self.rounding:.2g}'))} by rounding" if self.rounding > self.max_drop else ""
+        rounding = f" or {unit(self.rounding)} by rounding" if self.rounding > self.max_drop else ""
         return (
             f"{self.metric} {self.original:#.4g} -> {self.candidate:#.4g} ({signed}, bound {unit(self.max_drop)}"
             f"{rounding}): {'held' if self.held else 'not held'}"

@@ -45,10 +45,12 @@ def captured(gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str])
     return work
 
 
-def rewritten(work: Rewrite, choose: Choose) -> Graph:
-    """Raise, select and lower: the graph with the chosen implementations."""
+def rewritten(work: Rewrite, choose: Choose) -> Graph | None:
+    """Raise, select and lower: the graph with the chosen implementations; None where every site stays as it is."""
     chosen = {match.site.path: choose(match) for match in work.detection.matches}
     taken = [match for match in work.detection.matches if chosen[match.site.path] is not None]
+    if not taken:
+        return None
     raised = work.step("raise", lambda: raise_sites(work.graph, taken))
     graph: Graph = work.step("lower", lambda: lower(work.graph, raised, chosen))
     return graph

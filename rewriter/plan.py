@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import math
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -116,19 +116,19 @@ class Plan:
         """Write the plan, whole or not at all; a folder means `rewriter_plan.json` in it. Raises OutputError."""
         file = _file(path)
         beside = file.with_suffix(".safetensors")
-        content = self.to_json()
+        content, files = self.to_json(), {}
         if self.state:
             if beside == file or (beside.exists() and not _written_here(beside)):
                 raise OutputError(f"{beside} is not a plan's file and would be overwritten; choose another name")
             tensors = {name: t.detach().cpu().clone().contiguous() for name, t in sorted(self.state.items())}
             data = safetensors.torch.save(tensors, metadata=_OURS)
             content["weights"] = {"file": beside.name, "sha256": hashlib.sha256(data).hexdigest()}
-            _write(beside, data)
+            files[beside] = data
         try:
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as cause:
             raise OutputError(f"the plan cannot be written as JSON ({cause}); give plain, finite values") from cause
-        _write(file, text.encode())
+        _write({**files, file: text.encode()})
         return file
 
     @staticmethod
@@ -183,20 +183,22 @@ def _written_here(file: Path) -> bool:
         return False
 
 
-def _write(file: Path, data: bytes) -> None:
-    """Write beside and rename, so that a reader sees the old content or the new."""
-    temporary = None
+def _write(files: Mapping[Path, bytes]) -> None:
+    """Write all beside their places and rename them then, so that a reader sees the old content or the new."""
+    written: dict[Path, Path] = {}
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
-            temporary = Path(out.name)
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(file)
+        for file, data in files.items():
+            written[file] = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+            with written[file].open("xb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+        for file, temporary in written.items():
+            temporary.replace(file)
     except OSError as cause:
         raise OutputError(f"{file} cannot be written ({cause.strerror}); choose another place") from cause
     finally:
-        if temporary is not None:
+        for temporary in written.values():
             temporary.unlink(missing_ok=True)
 
 
@@ -212,8 +214,8 @@ def _read(raw: Any, folder: Path) -> Plan:
         raise PlanError("it holds no object at its top")
     if raw.get("format") != FORMAT or isinstance(raw.get("format"), bool):
         raise PlanError(
-            f"its format is {raw.get('format')!r:.40} and this version of rewriter reads {FORMAT}; install the version that "
-            "wrote it, or tune again"
+            f"its format is {raw.get('format')!r:.40} and this version of rewriter reads {FORMAT}; install the version "
+            "that wrote it, or tune again"
         )
     listed = _take(raw, "decisions", list, "the plan")
     decisions = tuple(_decision(each, f"decision {index}") for index, each in enumerate(listed))
@@ -339,11 +341,11 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
         missing = [d.path for d in plan.decisions if d.path not in modules]
         hint = f"; this one has no {', '.join(missing[:3])}" if missing else ""
         raise PlanError(
-            f"the plan is for another model: of {theirs['tensors']} tensors with {theirs['values']:,} values, where this "
-            f"one has {ours['tensors']} with {ours['values']:,}{hint}; tune this model"
+            f"the plan is for another model: of {theirs['tensors']} tensors with {theirs['values']:,} values, where "
+            f"this one has {ours['tensors']} with {ours['values']:,}{hint}; tune this model"
         )
     if check_weights and plan.fidelity != "exact" and ours["weights"] != theirs["weights"]:
         raise PlanError(
-            "the plan is for other weights of this architecture, and its accuracy was measured on those; tune again, or "
-            "apply(..., check_weights=False)"
+            "the plan is for other weights of this architecture, and its accuracy was measured on those; tune again, "
+            "or apply(..., check_weights=False)"
         )

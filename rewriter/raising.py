@@ -6,11 +6,13 @@ The same function builds it in the graph and runs it on real tensors, so that wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 from rewriter.capture import Graph
 from rewriter.ops import attention
@@ -139,11 +141,13 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
     results: dict[fx.Node, fx.Node] = {}
     composed: dict[tuple[Any, ...], tuple[Any, Any]] = {}
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes]) or nullcontext()
 
     def emit(operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = gm.graph.call_function(operator, args, kwargs)
         fakes = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = operator(*fakes[0], **fakes[1])
+        with fake_mode, torch.no_grad():
+            node.meta["val"] = operator(*fakes[0], **fakes[1])
         return node
 
     def itself(node: fx.Node) -> fx.Node:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rewriter.pattern import argument, is_call, value_of
+from rewriter.pattern import is_call, value_of
 from rewriter.raising import Match, Operands, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
 
@@ -27,16 +27,23 @@ class Region:
 
     def __init__(self, match: Match) -> None:
         inputs, needed, todo = set(match.inputs), {match.output}, [match.output]
+        sizes: dict[fx.Node, None] = {}
         while todo:
             for source in todo.pop().all_input_nodes:
-                if source in inputs or source in needed or _is_size(source):
+                if source in inputs or source in needed:
+                    continue
+                if _is_size(source):
+                    sizes[source] = None
                     continue
                 if source.op == "placeholder":
                     raise ValueError(f"the attention also depends on {source.name}, which is not read as a part of it")
                 needed.add(source)
                 todo.append(source)
         self.match = match
+        self.sizes = list(sizes)
         self.nodes = [node for node in match.output.graph.nodes if node in needed]
+        # As they stand now: the graph is rewritten later, and dead nodes lose their arguments.
+        self._arguments = {node: (node.args, node.kwargs) for node in self.nodes}
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -66,17 +73,18 @@ class Region:
         names = {n: f"i{k}" for k, n in enumerate(inputs)} | {n: f"n{k}" for k, n in enumerate(self.nodes)}
         lines = [f"{value_of(n).dtype}{tuple(map(hint, value_of(n).shape))}" for n in inputs]
         for node in self.nodes:
-            args = fx.map_arg((node.args, node.kwargs), lambda n: names.get(n) or f"={hint(n.meta['val'])}")
+            args = fx.map_arg(self._arguments[node], lambda n: names.get(n) or f"={hint(n.meta['val'])}")
             lines.append(f"{node.target}{args}")
         return "\n".join([*lines, self.match.site.key(), str(len(self.match.reading.terms))])
 
-    def module(self, sizes: Sizes | None = None, *, proof: bool = False) -> fx.GraphModule:
+    def module(self, sizes: Sizes | None = None, *, proof: bool = False, live: bool = False) -> fx.GraphModule:
         """The region as a module of the values of `match.inputs`. For a proof: full precision, no dropout.
 
-        Symbolic sizes from outside the region become the numbers they were captured with.
+        Sizes from outside the region (`self.sizes`) become the numbers they were captured with; in a `live` module they
+        are further inputs.
         """
         graph, copies = fx.Graph(), dict[fx.Node, Any]()
-        for index, node in enumerate(self.match.inputs):
+        for index, node in enumerate(self.match.inputs + (self.sizes if live else [])):
             copies[node] = graph.placeholder(f"input_{index}")
 
         def copied(node: fx.Node) -> Any:
@@ -88,12 +96,12 @@ class Region:
             return (sizes or {}).get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
         for node in self.nodes:
-            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), changed)  # type: ignore[misc]
+            args, kwargs = fx.node.map_aggregate(self._arguments[node], changed)  # type: ignore[misc]
             args, kwargs = fx.map_arg((args, kwargs), copied)
             if proof and is_call(node, _ATEN.dropout, _ATEN.dropout_):
                 copies[node] = args[0]
                 continue
-            if proof and is_call(node, _ATEN.scaled_dot_product_attention) and argument(node, "dropout_p"):
+            if proof and is_call(node, _ATEN.scaled_dot_product_attention) and self.match.site.dropout_p:
                 kwargs = {n: v for n, v in kwargs.items() if n != "dropout_p"}
                 args = (*args[:4], 0.0, *args[5:])
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from rewriter import debug
 from rewriter.errors import PlanError
@@ -34,6 +35,7 @@ class Selector:
 
     decisions     by path; filled in for unknown sites when `decide_unknown`
     modules       the learned implementations by path
+    state         their parameters, from a plan, as `<path, dots as __>.<parameter>`
     notes         sentences about sites that run their original code although the plan says otherwise
     """
 
@@ -42,6 +44,7 @@ class Selector:
     goal: str = "latency"
     allowed: frozenset[str] | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def choose(self, match: Match) -> Implementation | None:
@@ -72,16 +75,31 @@ class Selector:
                 f"{decision.site}); it runs its original code"
             )
             return None
-        if site.path in self.modules:
-            return self.modules[site.path]  # type: ignore[return-value]
-        implementation = variant.build(site, decision.config)
-        if isinstance(implementation, nn.Module) and any(True for _ in implementation.parameters()):
-            self.modules[site.path] = implementation
-        return implementation
+        if variant.fidelity == "learned":
+            return self.learned(decision)  # type: ignore[return-value]
+        return variant.build(site, decision.config)
+
+    def learned(self, decision: Decision) -> nn.Module:
+        """The one module of a decision for a learned variant, with the plan's parameters where it has them."""
+        if decision.path not in self.modules:
+            site = AttentionSite.parse(decision.site, decision.path)
+            module = variant_named(decision.variant).build(site, decision.config)
+            assert isinstance(module, nn.Module), "a learned variant builds a module"
+            prefix = module_name(decision.path) + "."
+            state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
+            if state:
+                module.load_state_dict(state)
+            self.modules[decision.path] = module.to(site.device)
+        return self.modules[decision.path]
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def module_name(path: str) -> str:
+    """A path as the name of a submodule, which cannot hold dots."""
+    return path.replace(".", "__") or "root"
 
 
 def variant_named(name: str) -> Variant:

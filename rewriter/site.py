@@ -167,6 +167,19 @@ class AttentionSite:
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
         return ",".join(f"{name}={value}" for name, value in facts.items())
 
+    @staticmethod
+    def parse(key: str, path: str = "") -> AttentionSite:
+        """The site that `key` describes, with sizes unknown. Raises ValueError on anything else."""
+        words = dict(word.split("=", 1) for word in re.split(r",(?=\w+=)", key))
+        read: dict[str, Any] = {"path": path}
+        for each in fields(AttentionSite):
+            if each.name in words:
+                read[each.name] = _READERS.get(str(each.type).removesuffix(" | None"), str)(words[each.name])
+        try:
+            return AttentionSite(**{name: None if value == "None" else value for name, value in read.items()})
+        except TypeError as cause:
+            raise ValueError(f"not the key of a site: {key!r}") from cause
+
     def sized(self, *, batch: int, q_len: int, kv_len: int) -> AttentionSite:
         """The same site with concrete sizes."""
         return replace(self, batch=batch, q_len=q_len, kv_len=kv_len)
@@ -196,6 +209,9 @@ class AttentionSite:
     def to_json(self) -> dict[str, Any]:
         """Plain values only; the mask as its string."""
         return {f.name: str(v) if isinstance(v := getattr(self, f.name), Mask) else v for f in fields(self)}
+
+
+_READERS: dict[str, Any] = {"int": int, "float": float, "Mask": Mask.parse}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checkpoints in and out: what the command line reads and writes.
 
-    from rewriter.convert import load
-    model = load("./faster")        # a folder that `rewriter convert` wrote: the checkpoint with its plan applied
+from rewriter.convert import load
+model = load("./faster")        # a folder that `rewriter convert` wrote: the checkpoint with its plan applied
 """
 
 from rewriter.convert.calibration import read_calibration

@@ -117,9 +117,7 @@ def line_batches(
     size = min(BATCH_LINES, len(texts) // 2)
     groups = [list(texts[at : at + size]) for at in range(0, len(texts) - size + 1, size)]
     chosen, notes = spread(groups)
-    made = [
-        tokenizer(group, padding=True, truncation=True, max_length=length, return_tensors="pt") for group in chosen
-    ]
+    made = [tokenizer(group, padding=True, truncation=True, max_length=length, return_tensors="pt") for group in chosen]
     return [{name: value for name, value in batch.items() if name in accepted} for batch in made], notes
 
 

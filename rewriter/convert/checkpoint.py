@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import CalibrationError, CheckpointError, OptionError
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 EXAMPLE_LENGTH = 128
 
 
@@ -117,7 +116,7 @@ def max_positions(model: nn.Module) -> int | None:
 
 def text_config(model: nn.Module) -> Any:
     """The part of the configuration that is about text."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -169,10 +168,11 @@ def cause(error: BaseException) -> str:
 def quiet() -> Iterator[None]:
     """Nothing from transformers on the terminal inside: no bars and no warnings; what matters becomes a note."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as reports
+    from transformers.utils import logging
 
+    reports: Any = logging  # it is typed in part only
     level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
-    reports.set_verbosity(logging.CRITICAL)
+    reports.set_verbosity(reports.CRITICAL)
     reports.disable_progress_bar()
     try:
         yield

@@ -47,7 +47,7 @@ def write(model: nn.Module, out: Path, source: Path | None = None) -> None:
     with _beside(out) as folder:
         if hasattr(model, "save_pretrained"):
             with quiet():
-                model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
         else:
             safetensors.torch.save_file(_unshared(state), folder / STATE_FILE)
         if plan is not None:
@@ -93,6 +93,8 @@ def _beside(out: Path) -> Iterator[Path]:
         yield made
         for path in (made, *made.rglob("*")):
             path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())  # mkdtemp made it private
+        if out.exists():
+            out.rmdir()  # it is empty, and not every system renames over a folder
         made.replace(out)
     except Exception as error:
         raise OutputError(f"the result cannot be written to {out}: {cause(error)}") from error

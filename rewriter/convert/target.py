@@ -29,9 +29,7 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load_target(
-    target: str, *, length: int | None = None, dtype: torch.dtype | None = None, seed: int = 0
-) -> Loaded:
+def load_target(target: str, *, length: int | None = None, dtype: torch.dtype | None = None, seed: int = 0) -> Loaded:
     """The model that TARGET names. Raises CheckpointError, or OptionError for a length it does not have."""
     if is_function(target):
         made = call(target)

@@ -1,0 +1,124 @@
+"""PyTorch's fused attention: the same mathematics in blocks, with a running softmax, without storing the scores.
+
+Flash attention (Dao et al. 2022, arXiv:2205.14135, algorithm 1): for each block of keys, with m the running maximum,
+l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + exp(s - m') v. Exact up to the order of the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Padding, Refusal, SlidingWindow
+from rewriter.target import Target
+from rewriter.variant import Case, Config, Implementation, Variant
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    site: AttentionSite,
+    config: Config,
+) -> Tensor:
+    """Algorithm 1 with blocks of one key: (B, H, Sq, Dv). A query that sees no key gives zeros."""
+    groups, (q_len, kv_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    seen = site.mask.visible(q_len, kv_len, query.device)[None, None]
+    seen = seen if padding is None else seen & padding[:, None, None, :]
+    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, float("-inf"))
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    largest = query.new_full((*query.shape[:3], 1), torch.finfo(query.dtype).min)
+    total, out = torch.zeros_like(largest), torch.zeros_like(largest)
+    for j in range(kv_len):
+        k, v = (t[:, :, j : j + 1].repeat_interleave(groups, 1) for t in (key, value))
+        score = site.scale * (query * k).sum(-1, keepdim=True) + bias[..., j : j + 1]
+        new = torch.maximum(largest, score)
+        kept, weight = (largest - new).exp(), (score - new).exp()
+        largest, total, out = new, total * kept + weight, out * kept + weight * v
+    return out / total.masked_fill(total == 0, 1.0)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    scale: float,
+    positional: Mask,
+) -> Tensor:
+    """One fused call, with as little mask as the sizes of this call allow."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    # `is_causal` aligns the first query with the first key, our masks the last with the last.
+    causal = mask is None and padding is None and positional == Causal() and q_len == kv_len
+    if mask is None and not causal:
+        if positional != Full() and not (positional == Causal() and q_len == 1):
+            mask = positional.visible(q_len, kv_len, query.device)
+        if padding is not None:
+            mask = padding[:, None, None, :] if mask is None else mask & padding[:, None, None, :]
+    if mask is not None:
+        # Fewer than four dimensions are not fused.
+        mask = (mask if mask.dtype == torch.bool else mask.to(query.dtype))[(None,) * (4 - mask.dim())]
+    width, v_width = query.shape[3], value.shape[3]
+    if width != v_width and query.device.type == "cpu":
+        # Unequal widths are not fused on the CPU; zeros change neither the scores nor the columns that are kept.
+        query, key = (F.pad(t, (0, max(0, v_width - width))) for t in (query, key))
+        value = F.pad(value, (0, max(0, width - v_width)))
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out[..., :v_width]
+
+
+def applies(site: AttentionSite, target: Target) -> bool | Refusal:
+    """Any mask, any head size; no dropout."""
+    if site.dropout_p > 0:
+        reason = f"dropout of {site.dropout_p} would have the same distribution but other random numbers"
+        return Refusal(reason, site.path, site.source)
+    return True
+
+
+def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
+    """Nothing to set."""
+    return ({},)
+
+
+def build(site: AttentionSite, config: Config) -> Implementation:
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    return partial(attend, scale=site.scale, positional=site.mask.positional)
+
+
+_SITE = AttentionSite(
+    path="case", heads=6, kv_heads=2, head_dim=16, v_head_dim=16, dtype="float32", scale=0.25, mask=Causal(),
+    batch=3, q_len=137, kv_len=137,
+)  # fmt: skip
+
+VARIANT = Variant(
+    name="sdpa",
+    paper="arXiv:2205.14135, algorithm 1",
+    fidelity="exact",
+    reference=reference,
+    applies=applies,
+    configs=configs,
+    build=build,
+    cases=[
+        Case(site=_SITE),
+        Case(site=replace(_SITE, dtype="bfloat16")),
+        Case(site=replace(_SITE, q_len=5)),
+        Case(site=replace(_SITE, q_len=1)),
+        Case(site=replace(_SITE, mask=Causal() & Padding())),
+        Case(site=replace(_SITE, mask=Full(), kv_heads=6, kv_len=50, v_head_dim=8)),
+        Case(site=replace(_SITE, mask=Full() & Padding(), v_head_dim=24)),
+        Case(site=replace(_SITE, mask=Causal() & SlidingWindow(20, 0))),
+        Case(site=replace(_SITE, mask=Dense())),
+    ],
+    near_misses=[replace(_SITE, dropout_p=0.1)],
+)

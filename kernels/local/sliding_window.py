@@ -1,0 +1,178 @@
+"""Sliding window with attention sinks: the last `window` keys and the first `sinks` keys, and nothing between.
+
+StreamingLLM (Xiao et al. 2023, arXiv:2309.17453, section 3.2), over the window of arXiv:2004.05150.
+
+    out_i = softmax over {j : visible in the site's own mask, and (age(i, j) < window or j < sinks)} of scale * q_i k_j
+
+Without a causal mask the window is as wide on both sides: |age| < window. Exact while no query has more than `window`
+keys before it (and after it). Sinks are the first positions, padded or not: left padding costs sinks, never exactness.
+Work and memory are O(N * (window + sinks)), as queries go in blocks, each to the slice of keys that it can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow, ages
+from rewriter.target import Target
+from rewriter.variant import Case, Config, Implementation, Variant
+
+_WINDOWS = (2048, 1024, 512, 256, 128)
+_BLOCK = 128  # larger blocks spend more on hidden keys, smaller ones on calls; 64 to 256 differ by 10%
+_ALIGN = 32  # products over ragged lengths are 10% slower
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    site: AttentionSite,
+    config: Config,
+) -> Tensor:
+    """The definition with the whole matrix of scores: (B, H, Sq, Dv). A query that sees no key gives zeros."""
+    groups, (q_len, kv_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    age, position = ages(q_len, kv_len, query.device), torch.arange(kv_len, device=query.device)
+    near = (age.abs() < int(config["window"])) | (position < int(config["sinks"]))
+    seen = (near & site.mask.visible(q_len, kv_len, query.device))[None, None]
+    if padding is not None:
+        seen = seen & padding[:, None, None, :]
+    scores = site.scale * query @ key.repeat_interleave(groups, 1).transpose(-2, -1)
+    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
+    return weights @ value.repeat_interleave(groups, 1)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int,
+    sinks: int,
+) -> Tensor:
+    """`mask` is not read: the site's mask is causal or full, and `padding`."""
+    (q_len, kv_len), v_width = (query.shape[2], key.shape[2]), value.shape[3]
+    past, behind, ahead = kv_len - q_len, window - 1, 0 if causal else window - 1
+    if query.shape[3] != v_width and query.device.type == "cpu":
+        # Unequal widths are not fused on the CPU; zeros change neither the scores nor the columns that are kept.
+        width = max(query.shape[3], v_width)
+        query, key, value = (F.pad(t, (0, width - t.shape[3])) for t in (query, key, value))
+    fused = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    hidden, out = None, []
+    if padding is not None:
+        hidden = query.new_zeros(padding.shape).masked_fill_(~padding, float("-inf"))[:, None, None, :]
+
+    # The first queries, for which the window hides nothing.
+    head = 0
+    if causal and past == 0 and hidden is None:
+        head = min(window + sinks, q_len)
+    elif not causal and kv_len <= window:
+        head = q_len
+    if head:
+        stop = head if causal else kv_len
+        out.append(fused(query[:, :, :head], key[:, :, :stop], value[:, :, :stop], hidden, is_causal=causal))
+
+    shared = None  # once the slices begin behind the sinks, one band fits every block, but for its last columns
+    block = _BLOCK - (sinks + behind + ahead) % _ALIGN
+    positions = torch.arange(kv_len, device=query.device)
+    for i in range(head, q_len, block):
+        first, rows = past + i, min(block, q_len - i)
+        start, stop = first - behind, min(max(first + rows + ahead, 1), kv_len)
+        k, v = reach(key, 2, sinks, start, stop), reach(value, 2, sinks, start, stop)
+        bias = None  # a single query sees all of its slice
+        if q_len > 1 and (shared is None or start <= sinks):
+            keys = reach(positions, 0, sinks, start, stop)
+            age = torch.arange(first, first + rows, device=query.device)[:, None] - keys
+            seen = ((age < window) | (keys < sinks)) & (age >= -ahead)
+            bias = query.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+            shared = bias if start > sinks else None
+        elif shared is not None:
+            bias = shared[:rows, : k.shape[2]]
+        if hidden is not None:
+            unpadded = reach(hidden, 3, sinks, start, stop)
+            bias = unpadded if bias is None else bias + unpadded
+        out.append(fused(query[:, :, i : i + rows], k, v, bias))
+    # The fused kernel writes (B, Sq, H, Dv) in memory, so joining along that Sq copies whole rows.
+    return torch.cat([o.transpose(1, 2) for o in out], 1).transpose(1, 2)[..., :v_width]
+
+
+def reach(t: Tensor, dim: int, sinks: int, start: int, stop: int) -> Tensor:
+    """The first `sinks` entries and those from `start` to `stop`; where these touch, all up to `stop`."""
+    if start <= sinks:
+        return t.narrow(dim, 0, stop)
+    return torch.cat([t.narrow(dim, 0, sinks), t.narrow(dim, start, stop - start)], dim)
+
+
+def applies(site: AttentionSite, target: Target) -> bool | Refusal:
+    """Causal or full self-attention, with or without padding, over more than twice the smallest window."""
+    reason = ""
+    if site.dropout_p > 0:
+        reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
+    elif site.mask.has(Dense):
+        reason = "the mask is a tensor of which nothing is known, so its meaning inside a window is not known either"
+    elif site.mask.has(SlidingWindow):
+        reason = f"the attention is local already: {site.mask}"
+    elif site.mask.positional not in (Full(), Causal()):
+        reason = f"a window is defined for a causal or a full mask, and this one is {site.mask}"
+    elif site.kv_len is not None and site.kv_len <= 2 * _WINDOWS[-1]:
+        reason = f"{site.kv_len} keys are too few for a window: the smallest, {_WINDOWS[-1]}, would keep half of them"
+    elif site.mask.positional == Full() and site.q_len != site.kv_len and not site.single_query_decode:
+        reason = f"{site.q_len} queries over {site.kv_len} keys is cross-attention, where no key is near a query"
+    return Refusal(reason, site.path, site.source) if reason else True
+
+
+def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
+    """The widest window first; none that would keep half of the keys."""
+    return [{"window": w, "sinks": 4} for w in _WINDOWS if site.kv_len is None or 2 * w < site.kv_len]
+
+
+def build(site: AttentionSite, config: Config) -> Implementation:
+    """The block loop, in plain PyTorch."""
+    window, sinks = int(config["window"]), int(config["sinks"])
+    return partial(attend, scale=site.scale, causal=site.mask.positional == Causal(), window=window, sinks=sinks)
+
+
+_SITE = AttentionSite(
+    path="case", heads=6, kv_heads=2, head_dim=16, v_head_dim=16, dtype="float32", scale=0.25, mask=Causal(),
+    batch=3, q_len=520, kv_len=520,
+)  # fmt: skip
+_SMALL: Config = {"window": 30, "sinks": 3}
+
+VARIANT = Variant(
+    name="sliding_window",
+    paper="arXiv:2309.17453, section 3.2",
+    fidelity="approximate",
+    reference=reference,
+    applies=applies,
+    configs=configs,
+    build=build,
+    cases=[
+        Case(site=_SITE),
+        Case(site=replace(_SITE, dtype="bfloat16", q_len=257, kv_len=257), configs=[_SMALL]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), v_head_dim=8), configs=[_SMALL]),
+        Case(site=replace(_SITE, mask=Full()), configs=[_SMALL, {"window": 128, "sinks": 0}]),
+        Case(site=replace(_SITE, mask=Full() & Padding()), configs=[_SMALL]),
+        Case(site=replace(_SITE, q_len=1)),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), q_len=3), configs=[_SMALL]),
+        Case(site=replace(_SITE, q_len=500), configs=[_SMALL]),
+    ],
+    near_misses=[
+        replace(_SITE, dropout_p=0.1),
+        replace(_SITE, mask=Causal() & Dense()),
+        replace(_SITE, mask=SlidingWindow(255, 0)),
+        replace(_SITE, mask=Causal(1)),
+        replace(_SITE, q_len=256, kv_len=256),
+        replace(_SITE, mask=Full(), q_len=100),
+    ],
+)

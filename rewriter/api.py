@@ -1,0 +1,215 @@
+"""The public functions: `optimize`, `explain`, `apply`, `restore`, `plan_of`, `report_of`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from rewriter.backend import GraphRewriter, Inner, inner_compiler
+from rewriter.capture import capture_errors, compiled, exported, module_names
+from rewriter.detect import detect
+from rewriter.errors import OptionError
+from rewriter.guard import check_max_drop
+from rewriter.metrics import Metric
+from rewriter.passes import Rewrite, rewritten
+from rewriter.plan import Plan, check_model
+from rewriter.report import Report
+from rewriter.select import Selector
+from rewriter.session import install, new_session, route, session_of, uninstall
+from rewriter.tune.run import tuned, untuned
+from rewriter.tune.search import Deadline, Progress
+from rewriter.variant import variants as all_variants
+
+M = TypeVar("M", bound=nn.Module)
+GOALS = ("latency", "memory")
+
+
+def optimize(
+    model: Any,
+    calibration: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    max_drop: float = 0.01,
+    metric: str | Metric | tuple[Callable[..., Any], str] | None = None,
+    goal: str = "latency",
+    time_budget: float | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    variants: Iterable[str] | None = None,
+    seed: int = 0,
+    inner: Inner = "eager",
+    dynamic: bool | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Find every attention in `model` and replace it by the best variant that the bound allows. Returns the same object.
+
+    Without `calibration` only exact variants are candidates. With it, approximate ones are too: one half of the batches
+    guides the search, and the result is measured against the original on the other half, where it meets the bound, or
+    is cut back until it does. Speed is measured end to end in alternation; where nothing is gained the model stays as
+    it is, and the report says so.
+
+    model        a module, rewritten in place; or a `torch.export.ExportedProgram`, whose rewritten module is returned
+    calibration  batches: dicts of keyword arguments, tuples of arguments, or tensors; at least two
+    example      one batch for capture and timing where there is no calibration data
+    max_drop     how much worse the metric may become, relative to the original (0.01 is 1%)
+    metric       "perplexity", "cosine", "top1", "kl", or (fn, "higher" | "lower") with fn(model, batch) -> float;
+                 None picks perplexity for causal language models and cosine otherwise
+    goal         "latency" or "memory" (peak, of intermediate results)
+    time_budget  seconds; when they are over, the best plan so far is taken
+    plan         a plan or its file, to be applied without any search
+    variants     names to choose among; learned variants take part only when they are named
+    inner        what runs or compiles the rest of the graph: "eager", "inductor", ... or a backend function
+    dynamic      as in torch.compile
+    progress     called with (stage, done, total or None)
+
+    Raises a `RewriterError` with one sentence on bad input, and then the model is left exactly as it was.
+    """
+    bound = check_max_drop(max_drop)
+    allowed = _check_options(goal, time_budget, variants, inner)
+    if isinstance(model, ExportedProgram):
+        if calibration is not None or plan is not None:
+            raise OptionError("an exported program is rewritten exactly; to tune, give optimize() the module itself")
+        return _optimize_exported(model, goal, allowed)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"optimize takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
+    if plan is not None:
+        return apply(model, plan, inner=inner, dynamic=dynamic)
+    before = uninstall(model)
+    say = progress or (lambda stage, done, total: None)
+    deadline = Deadline(time_budget)
+
+    def session_for(selector: Selector) -> Any:
+        return new_session(model, GraphRewriter(selector, inner=inner), goal)
+
+    try:
+        if calibration is not None:
+            tuned(
+                model, calibration, bound, metric, goal, allowed, seed, deadline, say, session_for, dynamic=dynamic
+            )
+        else:
+            untuned(model, example, goal, allowed, say, session_for, dynamic=dynamic)
+    except BaseException:
+        uninstall(model)
+        route(model, None)
+        if before is not None:
+            install(model, before, dynamic=dynamic)
+        raise
+    return model
+
+
+def _check_options(
+    goal: str, time_budget: float | None, names: Iterable[str] | None, inner: Inner
+) -> frozenset[str] | None:
+    if goal not in GOALS:
+        raise OptionError(f"goal is one of {', '.join(GOALS)}, not {goal!r}")
+    if time_budget is not None and not (isinstance(time_budget, (int, float)) and time_budget > 0):
+        raise OptionError(f"time_budget is a positive number of seconds, not {time_budget!r}")
+    inner_compiler(inner)
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise OptionError(f"variants is a list of names; write variants=[{names!r}]")
+    allowed = frozenset(names)
+    unknown = sorted(allowed - set(all_variants()))
+    if unknown:
+        raise OptionError(f"no variant is called {', '.join(unknown)}; known: {', '.join(all_variants())}")
+    return allowed
+
+
+def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
+    """What is in the model: its sites, and what looked like attention and was not taken. Changes nothing.
+
+    Runs the model once on the given inputs, in its present mode. An exported program needs none.
+    """
+    start = time.perf_counter()
+    if isinstance(model, ExportedProgram):
+        found = detect(exported(model))
+        seconds = {"capture and detect": time.perf_counter() - start}
+        return Report(sites=found.sites, refusals=found.refusals, graphs=1, seconds=seconds)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"explain takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
+    seen = GraphRewriter(None, names=module_names(model))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), capture_errors():
+            compiled(model, seen)(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, buffer in model.named_buffers():
+            if name in buffers and not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])  # Running statistics, in training mode.
+    seconds = {**seen.seconds, "whole run": time.perf_counter() - start}
+    return Report(sites=list(seen.sites.values()), refusals=seen.refusals, graphs=seen.graphs, seconds=seconds)
+
+
+def apply(
+    model: M,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    check_weights: bool = True,
+    inner: Inner = "eager",
+    dynamic: bool | None = None,
+) -> M:
+    """Rewrite `model` in place as a plan says, without any search. Returns the same object.
+
+    Sites that are not in the plan, and calls that it was not made for, run their original code; the report says so.
+    Raises PlanError for a damaged plan, one for another model, or (with `check_weights`) an inexact one for other weights.
+    """
+    inner_compiler(inner)
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    before = uninstall(model)
+    try:
+        check_model(plan, model, check_weights=check_weights)
+        selector = Selector(
+            decisions={decision.path: decision for decision in plan.decisions},
+            decide_unknown=False,
+            goal=plan.goal,
+            state=plan.state,
+        )
+        session = new_session(model, GraphRewriter(selector, inner=inner), plan.goal)
+        session.guard = dict(plan.guard) if plan.guard is not None else None
+        install(model, session, dynamic=dynamic)
+    except BaseException:
+        if before is not None and session_of(model) is None:
+            install(model, before, dynamic=dynamic)
+        raise
+    return model
+
+
+def restore(model: M) -> M:
+    """Give the model back as it was before `optimize` or `apply`. Learned parameters go. Returns the same object."""
+    uninstall(model)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of a rewritten model, with its learned parameters as they are now; None if it is not rewritten."""
+    session = session_of(model)
+    return session.plan() if session is not None else None
+
+
+def report_of(model: nn.Module) -> Report | None:
+    """The report of a rewritten model, with what was captured since; None if it is not rewritten."""
+    session = session_of(model)
+    return session.current_report() if session is not None else None
+
+
+def _optimize_exported(program: ExportedProgram, goal: str, allowed: frozenset[str] | None) -> nn.Module:
+    work = Rewrite(exported(program), {})
+    work.detection = detect(work.graph)
+    if not work.detection.matches:
+        from rewriter.tune.search import no_attention
+
+        raise no_attention(work.detection)
+    selector = Selector(goal=goal, allowed=allowed)
+    graph = rewritten(work, selector.choose)
+    return graph if graph is not None else work.graph
+

@@ -1,0 +1,105 @@
+"""The pass as a torch.compile backend: `torch.compile(model, backend="rewriter", options={...})`.
+
+Every graph is captured, its attentions detected and rewritten, and handed on to an inner backend. A graph without
+attention, or one that cannot be re-traced, goes on as it came.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from rewriter import debug
+from rewriter.capture import Graph
+from rewriter.errors import OptionError, RewriterError
+from rewriter.passes import Rewrite, captured, rewritten
+from rewriter.plan import Plan
+from rewriter.select import Selector
+from rewriter.site import AttentionSite, Refusal
+
+Inner = str | Callable[[Graph, Sequence[Any]], Callable[..., Any]]
+
+
+def inner_compiler(inner: Inner) -> Callable[[Graph, Sequence[Any]], Callable[..., Any]]:
+    """The backend that compiles what is left: "eager" runs the graph as it is; any of torch's; or a callable."""
+    if callable(inner):
+        return inner
+    if inner == "eager":
+        return lambda gm, example_inputs: gm.forward
+    import torch._dynamo
+
+    try:
+        found: Callable[[Graph, Sequence[Any]], Callable[..., Any]] = torch._dynamo.lookup_backend(inner)
+    except torch._dynamo.exc.InvalidBackend as error:
+        known = ", ".join(["eager", *torch._dynamo.list_backends()])
+        raise OptionError(f"no inner backend is called {inner!r}; known: {known}") from error
+    return found
+
+
+@dataclass(repr=False)
+class GraphRewriter:
+    """A dynamo backend with a memory: what it saw is in `sites` and `refusals`, in the order of capture."""
+
+    choose: Selector | None
+    inner: Inner = "eager"
+    names: Mapping[str, str] = field(default_factory=dict)
+    sites: dict[str, AttentionSite] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    graphs: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, gm: Graph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compile_inner = inner_compiler(self.inner)
+        self.graphs += 1
+        work = self.look(gm, example_inputs)
+        if work is None or self.choose is None:
+            return compile_inner(gm, example_inputs)
+        graph = rewritten(work, self.choose.choose)
+        self._add_seconds(work)
+        return compile_inner(graph, example_inputs) if graph is not None else compile_inner(gm, example_inputs)
+
+    def look(self, gm: Graph, example_inputs: Sequence[Any]) -> Rewrite | None:
+        """Capture and detect; None where there is nothing to rewrite. Notes what was seen."""
+        try:
+            work = captured(gm, example_inputs, self.names)
+        except RewriterError:
+            raise
+        except Exception as error:  # Whatever stands in the way of re-tracing, the model itself must go on.
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.refusals.append(Refusal(f"a graph could not be re-traced ({first}), so it runs as it is"))
+            debug.say(1, str(self.refusals[-1]))
+            return None
+        self._add_seconds(work)
+        for site in work.detection.sites:
+            self.sites.setdefault(site.path, site)
+        self.refusals += [refusal for refusal in work.detection.refusals if refusal not in self.refusals]
+        return work if work.detection.matches else None
+
+    def _add_seconds(self, work: Rewrite) -> None:
+        for name, seconds in work.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, **_: Any) -> Callable[..., Any]:
+    """What torch.compile calls. Options: `inner` (default "inductor"), `plan` (a Plan or a path), `goal`, `variants`.
+
+    Without a plan only exact variants are placed, chosen by measurement. Raises OptionError on other options.
+    """
+    given = dict(options or {})
+    unknown = set(given) - {"inner", "plan", "goal", "variants"}
+    if unknown:
+        raise OptionError(f"unknown options {sorted(unknown)}; known: inner, plan, goal, variants")
+    plan = given.get("plan")
+    plan = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
+    chooser = Selector(
+        decisions={d.path: d for d in plan.decisions} if plan is not None else {},
+        decide_unknown=plan is None,
+        goal=given.get("goal", "latency"),
+        allowed=frozenset(given["variants"]) if given.get("variants") is not None else None,
+        state=plan.state if plan is not None else {},
+    )
+    return GraphRewriter(chooser, inner=given.get("inner", "inductor"))(gm, example_inputs)

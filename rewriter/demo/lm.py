@@ -1,0 +1,114 @@
+"""The language model: exact rewrites of its eager attention, and a long context under a bound on perplexity."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from rewriter.convert.checkpoint import load_tokenizer, quiet
+from rewriter.demo.assets import LM_TITLE, lm_folder, long_text
+from rewriter.demo.part import Accuracy, Advance, Part, Working, compared, report_on
+from rewriter.guard import BUILT_IN, batches_from, evaluate
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of the short and the long prompt, blocks of calibration, and seconds for the search."""
+
+    short: int = 2048
+    long: int = 8192
+    blocks: int = 4
+    search: float = 210.0
+
+
+QUICK = Sizes(512, 1024, 4, 15.0)
+
+
+def parts(sizes: Sizes, max_drop: float, working: Working) -> Iterator[Part]:
+    """Both parts, one after the other."""
+    with working() as advance:
+        advance(f"preparing {LM_TITLE}", 0, None)
+        ids = tokens()
+    # Blocks of one text: what calibrates comes first, and the last block is seen by nothing but the final measurement.
+    blocks = [ids[:, at : at + sizes.long] for at in range(0, ids.shape[1] - sizes.long + 1, sizes.long)]
+    fresh = blocks[-1]
+    with working() as advance:
+        part = exact_prefill(sizes, fresh[:, : sizes.short], advance)
+    yield part
+    with working() as advance:
+        part = long_context(sizes, blocks[: sizes.blocks], fresh, max_drop, advance)
+    yield part
+
+
+def exact_prefill(sizes: Sizes, ids: Tensor, advance: Advance) -> Part:
+    """Eager attention in, `optimize` without data, the same answers out."""
+    original, model = load("eager"), load("eager")
+    start = time.perf_counter()
+    result = rewriter.optimize(model, example=((), prompt(ids)), progress=advance)
+    took = time.perf_counter() - start
+    accuracy = perplexities(original, result, ids, "", advance)
+    advance("timing", 0, None)
+    return Part(
+        f"{LM_TITLE}, bf16, loaded with eager attention; exact rewrites only",
+        report_on(result), took,
+        timings=compared(original, result, {f"prefill of {sizes.short:,} tokens": prompt(ids)}, repeats=2),
+        accuracy=[accuracy],
+    )  # fmt: skip
+
+
+def long_context(sizes: Sizes, blocks: list[Tensor], fresh: Tensor, max_drop: float, advance: Advance) -> Part:
+    """Fused attention in, approximations under a bound on perplexity, faster on long prompts."""
+    original, model = load("sdpa"), load("sdpa")
+    start = time.perf_counter()
+    result = rewriter.optimize(
+        model,
+        [{"input_ids": block} for block in blocks],
+        max_drop=max_drop,
+        time_budget=sizes.search,
+        progress=advance,
+    )
+    took = time.perf_counter() - start
+    accuracy = perplexities(original, result, fresh, " that neither the search nor the guard has seen", advance)
+    advance("timing", 0, None)
+    calls = {f"prefill of {n:,} tokens": prompt(fresh[:, :n]) for n in (sizes.short, sizes.long)}
+    return Part(
+        f"{LM_TITLE}, bf16, loaded with fused (SDPA) attention; perplexity may rise by {max_drop:.3g}",
+        report_on(result), took, timings=compared(original, result, calls, repeats=3), accuracy=[accuracy],
+    )  # fmt: skip
+
+
+def tokens() -> Tensor:
+    """int64[1, N]: the long text."""
+    ids = load_tokenizer(lm_folder())(long_text(), verbose=False)["input_ids"]
+    return torch.tensor([ids])
+
+
+def load(attention: str) -> nn.Module:
+    """The model in bf16 with one of the attentions that transformers offers."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            lm_folder(), dtype=DTYPE, attn_implementation=attention
+        )
+    return model.eval()
+
+
+def prompt(ids: Tensor) -> dict[str, object]:
+    """A prefill as `generate` does it: logits of the last token only."""
+    return {"input_ids": ids, "logits_to_keep": 1}
+
+
+def perplexities(original: nn.Module, result: nn.Module, ids: Tensor, which: str, advance: Advance) -> Accuracy:
+    """Of both models on one block of text."""
+    advance("perplexity", 0, None)
+    batches = batches_from([{"input_ids": ids}])
+    before, after = (evaluate(BUILT_IN["perplexity"], model, batches).value for model in (original, result))
+    return Accuracy(f"perplexity on {ids.shape[1]:,} tokens{which}", before, after)

@@ -1,0 +1,142 @@
+"""The report as text: tables of sites and decisions, what was measured, and what the guard says."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rewriter.plan import Decision, Plan
+from rewriter.report import Report, Timing
+from rewriter.report.candidates import Candidate
+from rewriter.report.paths import grouped, joined, shape_of
+from rewriter.site import AttentionSite, Refusal
+from rewriter.variant import ORIGINAL
+
+WIDTH = 100
+
+
+def render(report: Report) -> str:
+    """The whole report as plain text."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The sites, then what there is of refusals, plan, timings, verdict and notes."""
+    graphs = f"{report.graphs} graph{'s' if report.graphs != 1 else ''}"
+    many = len(report.sites)
+    console.print(f"[bold]{many or 'no'} attention{'s' if many != 1 else ''}[/] in {graphs}", highlight=False)
+    if report.sites:
+        console.print(site_table(report.sites))
+    if report.refusals:
+        console.print(f"\n[bold]{len(report.refusals)} not taken[/]", highlight=False)
+        console.print(refusal_table(report.refusals))
+    if report.plan is not None:
+        console.print("\n[bold]plan[/]")
+        console.print(plan_table(report.plan))
+    if report.timings:
+        console.print("\n[bold]measured[/]")
+        console.print(timing_table(report.timings))
+    if report.verdict is not None:
+        console.print(f"\n[bold]guard[/]   {escape(str(report.verdict))}", highlight=False)
+    for note in report.notes:
+        console.print(f"[bold]note[/]    {escape(note)}", highlight=False)
+
+
+def site_table(sites: Iterable[AttentionSite]) -> Table:
+    """One line for equal sites."""
+    table = _table("sites", "number", "heads", "tokens", "mask", "scale", "type", "spelling")
+    groups = grouped(sites, lambda s: (shape_of(s.path), s.key(), s.batch, s.q_len, s.kv_len, s.spelling))
+    for group in groups:
+        site = group[0]
+        heads = f"{site.heads}" if site.kv_heads == site.heads else f"{site.heads}/{site.kv_heads}"
+        width = f"{site.head_dim}" if site.head_dim == site.v_head_dim else f"{site.head_dim}>{site.v_head_dim}"
+        tokens = "x".join("?" if n is None else str(n) for n in (site.q_len, site.kv_len))
+        mask = f"{site.mask}" + (f", dropout {site.dropout_p}" if site.dropout_p else "")
+        _row(
+            table, joined([s.path for s in group]), str(len(group)), f"{heads} of {width}", tokens, mask,
+            f"{site.scale:.4g}", site.dtype, site.spelling,
+        )  # fmt: skip
+    return table
+
+
+def refusal_table(refusals: Iterable[Refusal]) -> Table:
+    """One line for equal sentences."""
+    table = _table("where", "number", "why not")
+    for group in grouped(refusals, lambda r: (shape_of(r.path), r.reason)):
+        place = joined([r.path for r in group])
+        source = group[0].source
+        _row(table, f"{place} ({source})" if source else place, str(len(group)), group[0].reason)
+    return table
+
+
+def candidate_table(candidates: Sequence[Candidate]) -> Table:
+    """What could stand at the sites, and why not."""
+    table = _table("sites", "variant", "fidelity", "could stand there")
+    for each in candidates:
+        _row(table, each.sites, each.variant, each.fidelity, "yes" if each.applies else f"no: {each.reason}")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One line for equal decisions."""
+    table = _table("sites", "number", "variant", "settings", "why")
+
+    def decided(decision: Decision) -> object:
+        return shape_of(decision.path), decision.variant, sorted(decision.config.items())
+
+    for group in grouped(plan.decisions, lambda d: str(decided(d))):
+        first = group[0]
+        settings = ", ".join(f"{name} {value}" for name, value in first.config.items())
+        # Reasons quote measurements of their own site: the first stands for the group.
+        _row(table, joined([d.path for d in group]), str(len(group)), first.variant, settings, first.reason)
+    return table
+
+
+def timing_table(timings: Iterable[Timing]) -> Table:
+    """Original, result and their ratio."""
+    table = _table("", "original", "result", "ratio", right=1)
+    for timing in timings:
+        _row(table, timing.what, _amount(timing.original, timing.unit), _amount(timing.result, timing.unit),
+             f"{timing.ratio:.2f}x")  # fmt: skip
+    return table
+
+
+def changed(plan: Plan | None) -> int:
+    """How many sites run something else than their original code."""
+    return sum(decision.variant != ORIGINAL for decision in plan.decisions) if plan is not None else 0
+
+
+def outcome(report: Report) -> str:
+    """One sentence: what was gained."""
+    number = changed(report.plan)
+    if number == 0:
+        return "No gain here, left as it is."
+    measured = [
+        f"{t.ratio:.2f} times {'smaller' if t.unit == 'bytes' else 'faster'} ({t.what})" for t in report.timings
+    ]
+    return f"{number} of {len(report.sites)} attentions replaced{': ' if measured else ''}{', '.join(measured)}."
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    return f"{value / 1e3:.2f} s" if unit == "ms" and value >= 1e4 else f"{value:.4g} {unit}"
+
+
+def _table(*columns: str, right: int | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, column in enumerate(columns):
+        numeric = column == "number" or (right is not None and index >= right)
+        table.add_column("" if column == "number" else column, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*map(escape, cells))

@@ -1,0 +1,1 @@
+"""Choosing what stands at each site: measuring, searching, deciding."""

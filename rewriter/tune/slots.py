@@ -1,0 +1,111 @@
+"""Graphs whose sites can be switched between implementations, without capturing the model again.
+
+Each match becomes a call of a `Slot`, which holds the original code and whatever stands in for it at the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriter.backend import GraphRewriter
+from rewriter.capture import Graph
+from rewriter.lower import clean
+from rewriter.raising import Match, Operands, Raised, raise_sites
+from rewriter.region import Region, run
+from rewriter.select import fits
+from rewriter.site import AttentionSite
+from rewriter.variant import Implementation
+
+Observer = Callable[[AttentionSite, Operands, Tensor], None]
+"""Sees a site, its canonical operands and the output of its original code, in the form of the graph."""
+
+
+class Slot(nn.Module):
+    """One attention that can be switched: `switches.active[path]` computes it, or the original code where there is none."""
+
+    def __init__(self, region: Region, switches: Switches) -> None:
+        super().__init__()
+        self.original = region.module(live=True)
+        self.region = region
+        self.match: Match = region.match
+        self.switches = switches
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, *inputs: Any) -> Tensor:
+        """The canonical operands, and the inputs of the original code; the output in the form of the graph."""
+        site = self.match.site
+        implementation = self.switches.active.get(site.path)
+        if implementation is not None and fits(site, self.switches.keys[site.path]):
+            return standing_in(self.match, implementation, Operands(query, key, value, mask, padding))
+        out: Tensor = self.original(*inputs)
+        if self.switches.observer is not None:
+            self.switches.observer(site, Operands(query, key, value, mask, padding), out)
+        return out
+
+
+def standing_in(match: Match, implementation: Implementation, operands: Operands) -> Tensor:
+    """The output of an implementation in the form of the graph, with the strides of the original's."""
+    out: Tensor = match.result(run, implementation(*operands))
+    return out.contiguous()
+
+
+@dataclass
+class Switches:
+    """What the slots of one model do now. `keys` are the sites' keys, by path, that `active` was made for."""
+
+    active: dict[str, Implementation] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    observer: Observer | None = None
+
+
+@dataclass(repr=False)
+class SlotRewriter(GraphRewriter):
+    """The backend that puts slots into every graph. `regions` holds the largest region seen at each path."""
+
+    switches: Switches = field(default_factory=Switches)
+    regions: dict[str, Region] = field(default_factory=dict)
+
+    def __call__(self, gm: Graph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        work = self.look(gm, example_inputs)
+        if work is None:
+            return gm.forward
+        # Before the graph is changed: a slot keeps the code as it was.
+        slots = [Slot(Region(match), self.switches) for match in work.detection.matches]
+        for region in (slot.region for slot in slots):
+            path = region.match.site.path
+            known = self.regions.get(path)
+            if known is None or _scores(region) > _scores(known):
+                self.regions[path] = region
+                self.switches.keys[path] = region.match.site.key()
+                self.sites[path] = region.match.site
+        raised = raise_sites(work.graph, work.detection.matches)
+        _place(work.graph, raised, slots)
+        return clean(work.graph).forward
+
+
+def _scores(region: Region) -> int:
+    q_len, kv_len = region.lengths
+    return q_len * kv_len * region.batch
+
+
+def _place(gm: Graph, raised: list[Raised], slots: list[Slot]) -> None:
+    outputs: dict[fx.Node, fx.Node] = {}
+    for number, (place, slot) in enumerate(zip(raised, slots, strict=True)):
+        name = f"slot_{number}"
+        gm.add_submodule(name, slot)
+        inputs = [outputs.get(node, node) for node in (*place.match.inputs, *slot.region.sizes)]
+        with gm.graph.inserting_before(place.call):
+            node = gm.graph.call_module(name, (*place.call.args[:5], *inputs))
+        node.meta = dict(place.match.output.meta)
+        place.result.replace_all_uses_with(node)
+        outputs[place.match.output] = node
+
+
+def detached(operands: Operands) -> Operands:
+    """Copies that outlive the call."""
+    return Operands(*(t.detach().clone() if isinstance(t, torch.Tensor) else None for t in operands))
