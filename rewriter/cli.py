@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from rewriter import debug
 from rewriter.errors import GuardError, OptionError, RewriterError
@@ -55,6 +54,7 @@ class Dtype(StrEnum):
 TARGET = Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or package.module:function.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence.")]
+DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda; without it, the GPU if there is one.")]
 DTYPE = Annotated[Dtype | None, typer.Option(help="Load the weights in this type instead of the checkpoint's.")]
 MAX_DROP = Annotated[str, typer.Option(help="How much accuracy may fall: 1% or 0.01; with 0 only exact variants.")]
 SEED = Annotated[int, typer.Option(help="Of everything random.")]
@@ -62,7 +62,12 @@ SEED = Annotated[int, typer.Option(help="Of everything random.")]
 
 @app.command()
 def explain(
-    target: TARGET, length: LENGTH = None, dtype: DTYPE = None, seed: SEED = 0, as_json: JSON = False
+    target: TARGET,
+    length: LENGTH = None,
+    dtype: DTYPE = None,
+    device: DEVICE = None,
+    seed: SEED = 0,
+    as_json: JSON = False,
 ) -> Document:
     """Show every attention of a model, what could stand in for it, and why not."""
     import rewriter
@@ -72,7 +77,7 @@ def explain(
 
     with progress() as advance:
         advance("loading", 0, None)
-        loaded = load_target(target, length=length, dtype=_dtype(dtype), seed=seed)
+        loaded = load_target(target, length=length, dtype=_dtype(dtype), device=device, seed=seed)
         advance("capturing", 0, None)
         args, kwargs = loaded.example
         report = rewriter.explain(loaded.model, *args, **kwargs)
@@ -101,6 +106,7 @@ def convert(
     time_budget: Annotated[str | None, typer.Option(help="Time for the search: 90s, 5m, 1h.")] = None,
     length: LENGTH = None,
     dtype: DTYPE = None,
+    device: DEVICE = None,
     variants: Annotated[str | None, typer.Option(help="Only these, by name, with commas between.")] = None,
     seed: SEED = 0,
     as_json: JSON = False,
@@ -115,7 +121,7 @@ def convert(
     bound, budget, names = check_max_drop(max_drop), seconds(time_budget), variant_names(variants)
     with progress() as advance:
         advance("loading", 0, None)
-        loaded = load_target(target, length=length, dtype=_dtype(dtype), seed=seed)
+        loaded = load_target(target, length=length, dtype=_dtype(dtype), device=device, seed=seed)
         batches, notes = read_calibration(calibration, loaded, length) if calibration else (None, [])
         model = rewriter.optimize(
             loaded.model,
@@ -135,7 +141,7 @@ def convert(
         if report.verdict is not None and not report.verdict.held:
             raise GuardError(f"{report.verdict}; nothing was written")
         advance("writing", 0, None)
-        write(model, out, loaded.folder)
+        write(model, out, source=loaded.folder, report=report)
     if not as_json:
         console = stdout()
         print_report(report, console)
@@ -146,6 +152,7 @@ def convert(
 @app.command()
 def variants(as_json: JSON = False) -> Document:
     """List what can stand in for an attention."""
+    from rewriter.report.tables import variant_table
     from rewriter.variant import variants as all_variants
 
     rows = [
@@ -153,10 +160,7 @@ def variants(as_json: JSON = False) -> Document:
         for v in all_variants().values()
     ]
     if not as_json:
-        table = Table(*rows[0], box=None) if rows else Table()
-        for row in rows:
-            table.add_row(*row.values())
-        stdout().print(table)
+        stdout().print(variant_table(rows))
     return {"variants": rows}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -98,6 +99,7 @@ def _probe(name: str, work: Callable[[], str]) -> Check:
 def _inductor_works() -> str:
     from torch._dynamo import config as dynamo_config
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing CUDA toolkit
     with dynamo_config.patch(suppress_errors=False):
         double = torch.compile(lambda x: x * 2 + 1, backend="inductor", dynamic=False)
         if not bool((double(torch.ones(64)) == 3).all()):

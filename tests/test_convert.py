@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from rewriter.convert import check_output, load, load_target, output, read_calib
 from rewriter.convert.checkpoint import example_inputs, load_model, quiet, random_ids
 from rewriter.convert.target import Loaded, as_example, is_function
 from rewriter.errors import CalibrationError, CheckpointError, OptionError, OutputError
+from rewriter.target import Target
 
 WORDS = [f"w{i}" for i in range(120)]
 
@@ -252,7 +254,12 @@ def test_json_lines(lm: Path, encoder: Path, text: Callable[..., str]) -> None:
     assert len(batches) == 5
     batches, _ = read_calibration(text(lines, "a.jsonl"), load_target(str(encoder)))
     assert len(batches) == 2
-    for broken in ('{"text": "a"}\n{"words": "b"}', '{"text": "a"}\n{', '{"text": "a"}\n{"text": 3}', '{"text": ""}\n[]'):
+    for broken in (
+        '{"text": "a"}\n{"words": "b"}',
+        '{"text": "a"}\n{',
+        '{"text": "a"}\n{"text": 3}',
+        '{"text": ""}\n[]',
+    ):
         with pytest.raises(CalibrationError, match="line 2 of"):
             read_calibration(text(broken, "b.jsonl"), load_target(str(lm)))
 
@@ -295,7 +302,9 @@ def test_texts_that_cannot_be_used(lm: Path, text: Callable[..., str], tmp_path:
         read_calibration(text(words(200)), Loaded(loaded.model, loaded.example))
 
 
-def test_a_folder_without_tokenizer(tiny_lm: Callable[..., nn.Module], tmp_path: Path, text: Callable[..., str]) -> None:
+def test_a_folder_without_tokenizer(
+    tiny_lm: Callable[..., nn.Module], tmp_path: Path, text: Callable[..., str]
+) -> None:
     folder = tmp_path / "bare"
     with quiet():
         tiny_lm().save_pretrained(folder)
@@ -326,7 +335,7 @@ def test_a_round_trip(lm: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         before = loaded.model(**ids).logits
     model = rewriter.optimize(loaded.model, example=loaded.example)
-    write(model, out, lm)
+    write(model, out, source=lm)
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "rewriter_plan.json", "rewriter_report.json"} <= names
     assert list(tmp_path.iterdir()) == [out], "nothing temporary is left"
@@ -345,22 +354,31 @@ def test_a_round_trip(lm: Path, tmp_path: Path) -> None:
 
 def test_a_learned_variant_comes_back_with_its_parameters(lm: Path, tmp_path: Path) -> None:
     loaded, out = load_target(str(lm), length=64), tmp_path / "faster"
-    batches = [{"input_ids": torch.randint(4, 128, (2, 64))} for _ in range(2)]
-    model = rewriter.optimize(
-        loaded.model, batches, max_drop=10.0, variants=["linear"], metric="perplexity", example=loaded.example
-    )
-    plan = rewriter.plan_of(model)
-    assert plan is not None
-    if plan.fidelity != "learned":
-        pytest.skip("the linear variant was not chosen on this machine")
+    exact = rewriter.plan_of(rewriter.optimize(loaded.model, example=loaded.example))
+    assert exact is not None
+    learned = [
+        dataclasses.replace(d, variant="linear", fidelity="learned", config=_first_config(report.sites[i]))
+        for report in [rewriter.report_of(loaded.model)]
+        if report is not None
+        for i, d in enumerate(exact.decisions)
+    ]
+    model = rewriter.apply(loaded.model, dataclasses.replace(exact, decisions=tuple(learned)))
+    parameters = list(model.rewriter.parameters())  # type: ignore[union-attr, operator]
+    assert parameters
     with torch.no_grad():
-        before = model(**batches[0]).logits
-    write(model, out, lm)
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter))
+        before = model(**loaded.example[1]).logits
+    write(model, out, source=lm)
     assert (out / "rewriter_plan.safetensors").exists()
     _, notes = load_model(out)
-    assert notes == []
+    assert notes == [], "the checkpoint has none of them"
     with torch.no_grad():
-        assert torch.allclose(load(out)(**batches[0]).logits, before, atol=1e-5)
+        torch.testing.assert_close(load(out)(**loaded.example[1]).logits, before)
+
+
+def _first_config(site: rewriter.AttentionSite) -> dict[str, Any]:
+    return dict(next(iter(rewriter.variants()["linear"].configs(site, Target.current()))))
 
 
 class Plain(nn.Module):
@@ -396,6 +414,6 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     model = rewriter.optimize(Plain().eval(), example=((torch.randn(1, 40, 32),), {}))
     monkeypatch.setattr(output.safetensors.torch, "save_file", fails)
-    with pytest.raises(OutputError, match="cannot be written.*the disk is full"):
+    with pytest.raises(OutputError, match=r"cannot be written.*the disk is full"):
         write(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

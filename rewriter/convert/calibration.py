@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewriter.convert.checkpoint import cause, checked_length, load_tokenizer, parameters_of
-from rewriter.convert.target import Loaded, call, is_function
+from rewriter.convert.target import Loaded, call, is_function, moved
 from rewriter.errors import CalibrationError, RewriterError
 
 T = TypeVar("T")
@@ -23,11 +23,17 @@ SHORTEST_BLOCK = 16
 
 
 def read_calibration(source: str, loaded: Loaded, length: int | None = None) -> tuple[list[Any], list[str]]:
-    """Batches for the model from a file or `package.module:function`, and notes. Raises CalibrationError.
+    """Batches for the model, on its device, from a file or `package.module:function`, and notes.
 
     A text becomes blocks of `length` tokens for a model that generates, and padded batches of lines for one that
-    encodes; `.pt` files and functions give batches (dict, tuple or tensor) as they are.
+    encodes; `.pt` files and functions give batches (dict, tuple or tensor) as they are. Raises CalibrationError.
     """
+    batches, notes = _read(source, loaded, length)
+    device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
+    return moved(batches, device), notes
+
+
+def _read(source: str, loaded: Loaded, length: int | None) -> tuple[list[Any], list[str]]:
     if is_function(source):
         return saved_batches(_called(source), source), []
     path = Path(source).expanduser()

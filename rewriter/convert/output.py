@@ -17,6 +17,7 @@ import rewriter
 from rewriter.convert.checkpoint import cause, load_model, quiet
 from rewriter.errors import CheckpointError, OutputError
 from rewriter.plan import Plan
+from rewriter.report import Report
 
 STATE_FILE = "model.safetensors"
 REPORT_FILE = "rewriter_report.json"
@@ -36,13 +37,13 @@ def check_output(out: Path) -> None:
         raise OutputError(f"the output folder {out} cannot be made, because {above} cannot be written to: name another")
 
 
-def write(model: nn.Module, out: Path, source: Path | None = None) -> None:
+def write(model: nn.Module, out: Path, *, source: Path | None = None, report: Report | None = None) -> None:
     """Save the model with its plan and report; `source` is the folder whose tokenizer files come along.
 
     The checkpoint holds the original modules, so that it loads without this library. Raises OutputError, and then
     leaves nothing behind.
     """
-    plan, report = rewriter.plan_of(model), rewriter.report_of(model)
+    plan, report = rewriter.plan_of(model), report or rewriter.report_of(model)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(LEARNED)}
     with _beside(out) as folder:
         if hasattr(model, "save_pretrained"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.convert.checkpoint import cause, example_inputs, load_model
-from rewriter.errors import CheckpointError, RewriterError
+from rewriter.errors import CheckpointError, OptionError, RewriterError
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,17 +29,50 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load_target(target: str, *, length: int | None = None, dtype: torch.dtype | None = None, seed: int = 0) -> Loaded:
-    """The model that TARGET names. Raises CheckpointError, or OptionError for a length it does not have."""
+def load_target(
+    target: str,
+    *,
+    length: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """The model that TARGET names, on `device` (None: the GPU where there is one).
+
+    Raises CheckpointError, or OptionError for a length that the model or a device that the machine does not have.
+    """
+    place = usable_device(device)
     if is_function(target):
         made = call(target)
         if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
             raise CheckpointError(f"{target} must return a pair: a torch.nn.Module and example inputs for it")
-        model = made[0].eval()
-        return Loaded(model if dtype is None else model.to(dtype), as_example(made[1], target))
+        args, kwargs = as_example(made[1], target)
+        return Loaded(made[0].eval().to(place, dtype), (moved(args, place), moved(kwargs, place)))
     folder = Path(target).expanduser()
     model, notes = load_model(folder, dtype)
-    return Loaded(model, ((), dict(example_inputs(model, length, seed))), folder, tuple(notes))
+    inputs = moved(example_inputs(model, length, seed), place)
+    return Loaded(model.to(place), ((), inputs), folder, tuple(notes))
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of this name. Raises OptionError where the machine has none."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise OptionError(f"there is no device {name!r} here ({cause(error)}): use cpu or cuda") from error
+    return device
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Every tensor in nested tuples, lists and mappings, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    return type(value)(moved(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 def is_function(text: str) -> bool:

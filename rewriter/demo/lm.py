@@ -95,9 +95,7 @@ def load(attention: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            lm_folder(), dtype=DTYPE, attn_implementation=attention
-        )
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(lm_folder(), dtype=DTYPE, attn_implementation=attention)
     return model.eval()
 
 

@@ -37,4 +37,4 @@ def _numbers(numbers: list[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"
+    return "{" + ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -108,6 +108,14 @@ def timing_table(timings: Iterable[Timing]) -> Table:
     return table
 
 
+def variant_table(rows: Iterable[Mapping[str, str]]) -> Table:
+    """What can stand in for an attention, from name, fidelity, paper and file."""
+    table = _table("name", "fidelity", "paper", "file")
+    for row in rows:
+        _row(table, row["name"], row["fidelity"], row["paper"], row["file"])
+    return table
+
+
 def changed(plan: Plan | None) -> int:
     """How many sites run something else than their original code."""
     return sum(decision.variant != ORIGINAL for decision in plan.decisions) if plan is not None else 0
@@ -118,10 +126,8 @@ def outcome(report: Report) -> str:
     number = changed(report.plan)
     if number == 0:
         return "No gain here, left as it is."
-    measured = [
-        f"{t.ratio:.2f} times {'smaller' if t.unit == 'bytes' else 'faster'} ({t.what})" for t in report.timings
-    ]
-    return f"{number} of {len(report.sites)} attentions replaced{': ' if measured else ''}{', '.join(measured)}."
+    gains = [f"{t.what} {t.ratio:.2f} times {'smaller' if t.unit == 'bytes' else 'faster'}" for t in report.timings]
+    return f"{number} of {len(report.sites)} attentions replaced{': ' if gains else ''}{', '.join(gains)}."
 
 
 def _amount(value: float, unit: str) -> str:
