@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Answer, Operand, Pattern, Reading, is_call, is_parameter, value_of
+from rewriter.pattern import Answer, Operand, Pattern, Reading, argument, is_call, is_parameter, value_of
 from rewriter.site import Refusal
 
 _ATEN = torch.ops.aten
@@ -46,9 +46,9 @@ def transposed(node: fx.Node, operand: Operand) -> Answer:
         return None
     rank = value_of(node).dim()
     if is_call(node, _ATEN.transpose):
-        swapped = sorted(int(axis) % rank for axis in node.args[1:3]) == [rank - 2, rank - 1]
+        swapped = sorted(argument(node, name) % rank for name in ("dim0", "dim1")) == [rank - 2, rank - 1]
     elif is_call(node, _ATEN.permute):
-        swapped = [int(axis) % rank for axis in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]
+        swapped = [axis % rank for axis in argument(node, "dims")] == [*range(rank - 2), rank - 1, rank - 2]
     else:
         swapped = is_call(node, _ATEN.mT)
     source = node.args[0] if swapped else None
@@ -64,9 +64,7 @@ PATTERN = Pattern(
     weight=weight,
     operand=transposed,
     examples=(
-        lambda q, k, v, mask: torch.softmax(
-            torch.matmul(q, k.transpose(2, 3)).masked_fill(~mask, -1e30), -1
-        ).matmul(v),
+        lambda q, k, v, mask: torch.softmax(torch.matmul(q, k.transpose(2, 3)).masked_fill(~mask, -1e30), -1).matmul(v),
         lambda q, k, v, mask: torch.softmax((q @ k.permute(0, 1, 3, 2)).masked_fill(~mask, -1e30), -1) @ v,
         lambda q, k, v, mask: torch.bmm(
             torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), -1), v.flatten(0, 1)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.pattern import Answer, MaskTerm, Pattern, Reading, argument, comes_from_product, constant, is_call, unsliced, value_of
+from rewriter.pattern import (
+    Answer,
+    MaskTerm,
+    Pattern,
+    Reading,
+    argument,
+    comes_from_product,
+    constant,
+    is_call,
+    unsliced,
+    value_of,
+)
 from rewriter.site import Refusal
 
 _ATEN = torch.ops.aten

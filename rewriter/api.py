@@ -22,7 +22,7 @@ from rewriter.plan import Plan, check_model
 from rewriter.report import Report
 from rewriter.select import Selector
 from rewriter.session import install, new_session, route, session_of, uninstall
-from rewriter.tune.run import tuned, untuned
+from rewriter.tune.run import Request, tuned, untuned
 from rewriter.tune.search import Deadline, Progress
 from rewriter.variant import variants as all_variants
 
@@ -46,7 +46,7 @@ def optimize(
     dynamic: bool | None = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Find every attention in `model` and replace it by the best variant that the bound allows. Returns the same object.
+    """Find every attention in `model`, replace it by the best variant that the bound allows, return the same object.
 
     Without `calibration` only exact variants are candidates. With it, approximate ones are too: one half of the batches
     guides the search, and the result is measured against the original on the other half, where it meets the bound, or
@@ -79,20 +79,23 @@ def optimize(
         raise OptionError(f"optimize takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
     if plan is not None:
         return apply(model, plan, inner=inner, dynamic=dynamic)
+    request = Request(
+        goal=goal,
+        allowed=allowed,
+        inner=inner,
+        dynamic=dynamic,
+        progress=progress or (lambda stage, done, total: None),
+        max_drop=bound,
+        metric=metric,
+        seed=seed,
+        deadline=Deadline(time_budget),
+    )
     before = uninstall(model)
-    say = progress or (lambda stage, done, total: None)
-    deadline = Deadline(time_budget)
-
-    def session_for(selector: Selector) -> Any:
-        return new_session(model, GraphRewriter(selector, inner=inner), goal)
-
     try:
         if calibration is not None:
-            tuned(
-                model, calibration, bound, metric, goal, allowed, seed, deadline, say, session_for, dynamic=dynamic
-            )
+            tuned(model, calibration, request)
         else:
-            untuned(model, example, goal, allowed, say, session_for, dynamic=dynamic)
+            untuned(model, example, request)
     except BaseException:
         uninstall(model)
         route(model, None)
@@ -161,7 +164,8 @@ def apply(
     """Rewrite `model` in place as a plan says, without any search. Returns the same object.
 
     Sites that are not in the plan, and calls that it was not made for, run their original code; the report says so.
-    Raises PlanError for a damaged plan, one for another model, or (with `check_weights`) an inexact one for other weights.
+    Raises PlanError for a damaged plan, one for another model, or (with `check_weights`) an inexact one for other
+    weights.
     """
     inner_compiler(inner)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -212,4 +216,3 @@ def _optimize_exported(program: ExportedProgram, goal: str, allowed: frozenset[s
     selector = Selector(goal=goal, allowed=allowed)
     graph = rewritten(work, selector.choose)
     return graph if graph is not None else work.graph
-

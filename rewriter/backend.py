@@ -33,11 +33,12 @@ def inner_compiler(inner: Inner) -> Callable[[Graph, Sequence[Any]], Callable[..
     import torch._dynamo
 
     try:
-        found: Callable[[Graph, Sequence[Any]], Callable[..., Any]] = torch._dynamo.lookup_backend(inner)
+        found: Any = torch._dynamo.lookup_backend(inner)
     except torch._dynamo.exc.InvalidBackend as error:
         known = ", ".join(["eager", *torch._dynamo.list_backends()])
         raise OptionError(f"no inner backend is called {inner!r}; known: {known}") from error
-    return found
+    compile_with: Callable[[Graph, Sequence[Any]], Callable[..., Any]] = found
+    return compile_with
 
 
 @dataclass(repr=False)

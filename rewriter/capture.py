@@ -70,7 +70,7 @@ def module_names(model: nn.Module) -> dict[str, str]:
 def site_path(node: fx.Node, names: Mapping[str, str]) -> str:
     """The qualified name of the innermost module whose forward made this node ("" for the root)."""
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
-    for key, (path, *_) in reversed(stack.items()):
+    for key, (path, *_) in reversed(list(stack.items())):
         known = names.get(str(key).partition("@")[0])
         return known if known is not None else re.sub(r"^L\[\W*\w+\W*\]\.?", "", path)
     return ""
@@ -86,7 +86,7 @@ def compiled(model: nn.Module, backend: Backend, *, dynamic: bool | None = None)
     """`model` as a dynamo-compiled callable that leaves the module itself untouched.
 
     dynamo keeps its cache on the code object, and many modules share one (a decorator's wrapper, `Module._call_impl`):
-    the limit on recompilations would be shared by unrelated models. So each gets an entry with a code object of its own.
+    the limit on recompilations would be shared by unrelated models. So each gets an entry with its own code object.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import StrEnum
@@ -51,7 +53,9 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-TARGET = Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or package.module:function.")]
+TARGET = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A Hugging Face checkpoint folder, or package.module:function.")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence.")]
 DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda; without it, the GPU if there is one.")]
@@ -196,9 +200,6 @@ def demo(
     return run_demo(max_drop=check_max_drop(max_drop), model=model, quick=quick, working=progress, console=console)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
 def seconds(text: str | None) -> float | None:
     """A duration: 90, 90s, 5m or 1h. Raises OptionError."""
     if text is None:
@@ -243,9 +244,6 @@ def _file_of(function: Callable[..., Any]) -> str:
         return "?"
 
 
-# --- output ----------------------------------------------------------------------------------------------------------
-
-
 def stdout() -> Console:
     """Where results go: as wide as the terminal, or 100 columns where there is none."""
     return Console(width=None if sys.stdout.isatty() else 100)
@@ -283,19 +281,41 @@ def as_text(document: Document) -> str:
     return json.dumps(plain(document), indent=2, allow_nan=False)
 
 
+@contextmanager
+def calm() -> Iterator[None]:
+    """No warnings and no log lines of torch inside, unless debugging: what matters is in the report."""
+    if debug.level() > 0:
+        yield
+        return
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def run(arguments: Sequence[str]) -> int:
     """One command; the exit status."""
     as_json, real = "--json" in arguments, sys.stdout
     try:
         # What models and libraries print must not get between the lines of a JSON document.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with calm(), redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = app(args=list(arguments), prog_name="rewriter", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        status, problem = 130, "stopped; nothing was written"
+        if not isinstance(result, int):
+            if as_json:
+                print(as_text(result), file=real)
+            return 0
+        status, problem = result, "stopped"  # Typer turns an interrupt into its status, and --help into 0
     except GuardError as error:
         status, problem = 1, str(error)
     except RewriterError as error:
         status, problem = 2, str(error)
+    except (KeyboardInterrupt, typer.Abort):
+        status, problem = 130, "stopped"
     except Exception as error:
         if debug.level() > 0:
             traceback.print_exc()
@@ -304,14 +324,11 @@ def run(arguments: Sequence[str]) -> int:
         else:
             what = (str(error).strip().splitlines() or ["no message"])[0]
             status, problem = 3, f"a defect of rewriter, {type(error).__name__}: {what} (REWRITER_DEBUG=1 shows where)"
-    else:
-        if as_json and isinstance(result, dict):
-            print(as_text(result), file=real)
-        return result if isinstance(result, int) else 0
-    line = " ".join(problem.split())
-    if as_json:
-        print(as_text({"error": line}), file=real)
-    print(f"error: {line}", file=sys.stderr)
+    if status != 0:
+        line = " ".join(problem.split())
+        if as_json:
+            print(as_text({"error": line}), file=real)
+        print(f"error: {line}", file=sys.stderr)
     return status
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from rewriter.capture import Graph, site_path, source_line
 from rewriter.masks import MaskReading, read_mask
-from rewriter.pattern import Operand, Reading, comes_from_product, is_parameter, patterns, value_of
+from rewriter.pattern import Answer, Operand, Reading, comes_from_product, is_parameter, patterns, value_of
 from rewriter.proof import Proof
 from rewriter.raising import Match
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
@@ -44,19 +44,16 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None) -> Detection:
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        answer = _read_anchor(node)
-        if answer is None:
+        read = _read_anchor(node)
+        if read is None:
             continue
         path = site_path(node, names or {})
-        if not isinstance(answer, Refusal):
-            reading, output = answer
-            answer = _match(reading, output, path, masks)
-        if not isinstance(answer, Refusal):
-            answer = proof.check(answer) or answer
-        if isinstance(answer, Refusal):
-            found.refusals.append(dataclasses.replace(answer, path=path, source=source_line(node)))
-        else:
-            found.matches.append(answer)
+        match = read if isinstance(read, Refusal) else _match(*read, path, masks)
+        refusal = match if isinstance(match, Refusal) else proof.check(match)
+        if refusal is not None:
+            found.refusals.append(dataclasses.replace(refusal, path=path, source=source_line(node)))
+        elif isinstance(match, Match):
+            found.matches.append(match)
     _number_repeated_paths(found.matches)
     return found
 
@@ -70,9 +67,6 @@ def _number_repeated_paths(matches: list[Match]) -> None:
         seen[path] = count + 1
         if count:
             match.site = dataclasses.replace(match.site, path=f"{path}#{count}")
-
-
-# --- the walk ----------------------------------------------------------------------------------------------------------
 
 
 def _read_anchor(node: fx.Node) -> tuple[Reading, fx.Node] | Refusal | None:
@@ -130,15 +124,13 @@ def _walk_down(node: fx.Node, reading: Reading) -> fx.Node | Refusal | None:
         users = list(node.users)
         if len(users) != 1:
             return Refusal("the attention weights are used more than once") if _meets_values(start) else None
-        answer = None
+        answer: Answer = None
         for pattern in patterns().values():
-            if pattern.weight is None:
-                continue
-            answer = pattern.weight(users[0], node, reading)
-            if isinstance(answer, Refusal):
-                return answer
+            answer = pattern.weight(users[0], node, reading) if pattern.weight is not None else None
             if answer is not None:
                 break
+        if isinstance(answer, Refusal):
+            return answer
         if answer is None:
             stopped = Refusal(f"the reading of the weights stopped at {_describe(users[0])}")
             return stopped if _meets_values(start) else None
@@ -192,9 +184,6 @@ def _strip(side: Operand) -> None:
 def _describe(node: fx.Node) -> str:
     where = source_line(node)
     return f"{node.target}" + (f" ({where})" if where else "")
-
-
-# --- facts -------------------------------------------------------------------------------------------------------------
 
 
 def _static(size: int | torch.SymInt) -> int | None:

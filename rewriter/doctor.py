@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import platform
 import shutil
@@ -84,7 +83,7 @@ def size(folder: Path) -> str:
 
 def _version(package: str, needed: bool) -> Check:
     try:
-        return Check(package, True, importlib.metadata.version(package))
+        return Check(package, True, torch.__version__ if package == "torch" else importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return Check(package, not needed, f"not installed: run `pip install {package}`" if needed else "not installed")
 
@@ -99,7 +98,6 @@ def _probe(name: str, work: Callable[[], str]) -> Check:
 def _inductor_works() -> str:
     from torch._dynamo import config as dynamo_config
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of a missing CUDA toolkit
     with dynamo_config.patch(suppress_errors=False):
         double = torch.compile(lambda x: x * 2 + 1, backend="inductor", dynamic=False)
         if not bool((double(torch.ones(64)) == 3).all()):

@@ -25,9 +25,7 @@ class Lowered(nn.Module):
         self.contiguous = contiguous
         self.site = site
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """(B, H, Sq, Dv), with the strides that the following nodes rely on."""
         out = self.implementation(query, key, value, mask, padding)
         return out.contiguous() if self.contiguous else out
@@ -44,7 +42,9 @@ def lower(gm: Graph, raised: list[Raised], chosen: Mapping[str, Implementation |
         if implementation is None:
             place.give_back()
         else:
-            call_module(gm, place, Lowered(implementation, place.match.site, needs_strides(place)), f"attention_{number}")
+            call_module(
+                gm, place, Lowered(implementation, place.match.site, needs_strides(place)), f"attention_{number}"
+            )
     return clean(gm)
 
 

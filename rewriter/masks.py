@@ -27,7 +27,7 @@ _LIKE = (_ATEN.new_ones, _ATEN.new_zeros, _ATEN.new_full)
 
 @dataclass(frozen=True)
 class MaskReading:
-    """`mask` as facts. `padding` is the bool node (B or 1, 1, 1, Skv) where the mask has that factor, True on tokens."""
+    """`mask` as facts. `padding` is the bool node (B or 1, 1, 1, Skv) of such a factor, True on tokens."""
 
     mask: Mask
     padding: fx.Node | None = None
@@ -104,7 +104,7 @@ def _is_positional(node: fx.Node) -> bool:
         current = todo.pop()
         if isinstance(current.meta.get("val"), (torch.SymInt, int)):
             continue
-        if current.op == "placeholder" or current.op == "get_attr" and constant(current) is None:
+        if current.op == "placeholder" or (current.op == "get_attr" and constant(current) is None):
             return False
         todo += [source for source in _sources(current) if source not in seen]
         seen.update(_sources(current))
@@ -160,9 +160,6 @@ def classify(visible: Tensor) -> Mask | None:
     return SlidingWindow(left, right)
 
 
-# --- evaluation at concrete sizes ---------------------------------------------------------------------------------------
-
-
 class _TooLarge(Exception):
     pass
 
@@ -184,6 +181,7 @@ def _size_assignments(order: list[fx.Node]) -> list[Mapping[sympy.Symbol, int]]:
     if not symbols:
         return [{}]
     shape_env = symints[0].node.shape_env
+    assert shape_env is not None
     hints = {s: int(shape_env.backed_var_to_val.get(s, 8)) for s in symbols}
     constants = [abs(a) for n in order for a in n.args if isinstance(a, int) and abs(a) < 1 << 20]
     beyond = max(constants, default=0) + 13

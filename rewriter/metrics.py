@@ -71,9 +71,6 @@ class Metric:
             raise MetricError(f"metric {self.name!r} must have either score= or fn=, and not both")
 
 
-# --- reading outputs and batches -------------------------------------------------------------------------------------
-
-
 def tensors(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
@@ -182,9 +179,6 @@ def _pair(outputs: Any, reference: Any, batch: Batch) -> Iterator[tuple[Tensor, 
         raise MetricError(f"the output's shape is {tuple(ours.shape)}, the original's {tuple(theirs.shape)}")
     for _, (a, b) in _chunks(real_positions(ours, batch), ours, theirs.to(ours.device)):
         yield a, b
-
-
-# --- the built-in metrics --------------------------------------------------------------------------------------------
 
 
 def _nll(outputs: Any, reference: Any, batch: Batch) -> tuple[float, float]:

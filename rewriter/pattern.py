@@ -98,9 +98,6 @@ def patterns() -> dict[str, Pattern]:
     return {pattern.name: pattern for pattern in found}
 
 
-# --- small readers that patterns share ---------------------------------------------------------------------------------
-
-
 def is_call(node: Any, *targets: Any) -> bool:
     """Is this a call of one of these operators (packets match all their overloads)?"""
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -186,7 +183,6 @@ def comes_from_product(node: fx.Node, limit: int = 400) -> bool:
                 seen.add(source)
                 todo.append(source)
     return False
-
 
 
 _ATEN = torch.ops.aten

@@ -158,9 +158,6 @@ class Plan:
         return "\n".join(lines)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def _file(path: str | os.PathLike[str]) -> Path:
     found = Path(path)
     return found / FILE if found.is_dir() else found
@@ -200,9 +197,6 @@ def _write(files: Mapping[Path, bytes]) -> None:
     finally:
         for temporary in written.values():
             temporary.unlink(missing_ok=True)
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
 
 
 def _no_constant(name: str) -> None:
@@ -285,9 +279,6 @@ def _state(raw: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as cause:
         raise PlanError(f"its weights {name} are not a safetensors file ({cause}); copy them again") from cause
-
-
-# --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

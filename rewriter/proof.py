@@ -76,5 +76,7 @@ def _compare(region: Region, sizes: Sizes) -> Refusal | None:
             return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
         difference = error(actual.to(expected.dtype), expected)
         if not difference <= tolerance(expected.dtype):
-            return Refusal(f"proof failed on {name} inputs: the results differ by {difference:.3g} of the largest value")
+            return Refusal(
+                f"proof failed on {name} inputs: the results differ by {difference:.3g} of the largest value"
+            )
     return None

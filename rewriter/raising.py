@@ -17,7 +17,7 @@ from torch._guards import detect_fake_mode
 from rewriter.capture import Graph
 from rewriter.ops import attention
 from rewriter.pattern import MaskTerm, Operand, Reading, value_of
-from rewriter.site import AttentionSite, Padding
+from rewriter.site import AttentionSite
 
 _ATEN = torch.ops.aten
 
@@ -61,8 +61,9 @@ class Match:
         """The canonical operands from the values of the match's inputs."""
         reading = self.reading
         assert reading.query and reading.key and reading.value
-        sides = [_canonical(emit, side, value(side.node)) for side in (reading.query, reading.key, reading.value)]
-        return Operands(*sides, mask, padding)
+        sides = (_canonical(emit, side, value(side.node)) for side in (reading.query, reading.key, reading.value))
+        query, key, values = sides
+        return Operands(query, key, values, mask, padding)
 
     def result(self, emit: Emit, out: Any) -> Any:
         """The canonical output in the form that the rest of the graph expects."""

@@ -1,7 +1,7 @@
 """The region of a match, the original code of one attention, as something that runs by itself.
 
-It is cut at the inputs of the match. The proof runs it on small sizes in full precision, the tuner times it and keeps it
-as the original implementation beside the candidates.
+It is cut at the inputs of the match. The proof runs it on small sizes in full precision, the tuner times it and keeps
+it as the original implementation beside the candidates.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Region:
             return (sizes or {}).get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
         for node in self.nodes:
-            args, kwargs = fx.node.map_aggregate(self._arguments[node], changed)  # type: ignore[misc]
+            args, kwargs = fx.node.map_aggregate(self._arguments[node], changed)
             args, kwargs = fx.map_arg((args, kwargs), copied)
             if proof and is_call(node, _ATEN.dropout, _ATEN.dropout_):
                 copies[node] = args[0]
@@ -158,7 +158,9 @@ def proof_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def hint(size: Any) -> int:
     """A size as a number: a symbolic one as captured."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if isinstance(size, torch.SymInt):
+        size = size.node.hint
+    return int(size)
 
 
 def region_of(match: Match) -> Region | Refusal:

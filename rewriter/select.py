@@ -17,7 +17,7 @@ from rewriter.region import Region, region_of
 from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.tune.measure import SiteBench
-from rewriter.variant import ORIGINAL, Implementation, Variant, variants
+from rewriter.variant import ORIGINAL, Config, Implementation, Variant, variants
 
 NOMINAL_TOKENS = 1024
 """Sites captured on a shorter sequence than this are measured at this length: a dummy input says nothing of use."""
@@ -76,7 +76,7 @@ class Selector:
             )
             return None
         if variant.fidelity == "learned":
-            return self.learned(decision)  # type: ignore[return-value]
+            return self.learned(decision)
         return variant.build(site, decision.config)
 
     def learned(self, decision: Decision) -> nn.Module:
@@ -127,9 +127,9 @@ def fits(site: AttentionSite, key: str) -> bool:
 
 def candidates(
     site: AttentionSite, target: Target, allowed: frozenset[str] | None, fidelities: frozenset[str]
-) -> tuple[list[tuple[Variant, dict[str, object]]], dict[str, str]]:
+) -> tuple[list[tuple[Variant, Config]], dict[str, str]]:
     """(variant, config) pairs that apply, and the sentences of those that do not."""
-    found: list[tuple[Variant, dict[str, object]]] = []
+    found: list[tuple[Variant, Config]] = []
     refused: dict[str, str] = {}
     for name, variant in variants().items():
         if name == ORIGINAL:
@@ -141,7 +141,7 @@ def candidates(
         elif isinstance(answer := variant.applies(site, target), Refusal):
             refused[name] = answer.reason
         else:
-            configs = [dict(config) for config in variant.configs(site, target)]
+            configs = list(variant.configs(site, target))
             found += [(variant, config) for config in configs]
             if not configs:
                 refused[name] = "no setting of it makes sense at this size"
@@ -191,7 +191,7 @@ def _measure_exact(region: Region, goal: str, allowed: frozenset[str] | None) ->
     if not found:
         return keep
     trial = bench(region)
-    costs = trial.compare([v.build(site, c) for v, c in found], goal=goal, budget=_SECONDS_A_SITE)  # type: ignore[arg-type]
+    costs = trial.compare([v.build(site, c) for v, c in found], goal=goal, budget=_SECONDS_A_SITE)
     unit = "bytes" if goal == "memory" else "ms"
     best = min(range(len(found)), key=lambda i: costs[i + 1])
     variant, config = found[best]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# --- masks -----------------------------------------------------------------------------------------------------------
 #
 # Positions are compared by *age*: age(i, j) = (i + Skv - Sq) - j, how many tokens before query i its key j stands when
 # the last query is aligned with the last key. With a KV cache this is the distance that the model means; without one
@@ -26,7 +25,7 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         parts = [p for m in (self, other) for p in m.parts() if not isinstance(p, Full)]
-        unique = tuple(dict.fromkeys(parts))
+        unique = tuple(sorted(dict.fromkeys(parts), key=str))  # one order, so that equal masks are equal values
         return unique[0] if len(unique) == 1 else And(unique) if unique else Full()
 
     def parts(self) -> Iterator[Mask]:
@@ -119,7 +118,7 @@ class And(Mask):
         return iter(self.factors)
 
     def __str__(self) -> str:
-        return " & ".join(sorted(map(str, self.factors)))
+        return " & ".join(map(str, self.factors))
 
 
 _KINDS: dict[str, type[Mask]] = {
@@ -131,9 +130,6 @@ def ages(q_len: int, kv_len: int, device: Any = None) -> Tensor:
     """int64[q_len, kv_len]: how many tokens before query i its key j stands, aligned at the end."""
     q = torch.arange(kv_len - q_len, kv_len, device=device)
     return q[:, None] - torch.arange(kv_len, device=device)[None, :]
-
-
-# --- sites -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +171,9 @@ class AttentionSite:
         for each in fields(AttentionSite):
             if each.name in words:
                 read[each.name] = _READERS.get(str(each.type).removesuffix(" | None"), str)(words[each.name])
+        known: dict[str, Any] = {name: None if value == "None" else value for name, value in read.items()}
         try:
-            return AttentionSite(**{name: None if value == "None" else value for name, value in read.items()})
+            return AttentionSite(**known)
         except TypeError as cause:
             raise ValueError(f"not the key of a site: {key!r}") from cause
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import device as Device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Target:
     threads: int
 
     @staticmethod
-    def current(device: str | torch.device = "cpu") -> Target:
+    def current(device: str | Device = "cpu") -> Target:
         """The target that `device` is on this machine."""
         kind = torch.device(device).type
         if kind == "cuda" and torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """What a file in `kernels/` declares, and how it is found.
 
-A variant is one way to compute an attention, from one paper, in one file. Adding the file adds the variant to the tuner,
-the CLI and the tests. Other packages join through the entry-point group `rewriter.variants` (each entry loads to a
-`Variant`), and a running program through `register`.
+A variant is one way to compute an attention, from one paper, in one file. Adding the file adds the variant to the
+tuner, the CLI and the tests. Other packages join through the entry-point group `rewriter.variants` (each entry loads to
+a `Variant`), and a running program through `register`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 
 Config = Mapping[str, int | float | str | bool]
+"""The settings of a variant at one site: plain values, as they stand in the plan."""
 
 
 class Implementation(Protocol):

@@ -196,7 +196,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no target": (("explain",), "TARGET"),
     "no such command": (("improve", "cli_zoo:attention"), "improve"),
     "no such goal": ((*ATTENTION, "--goal", "beauty"), "beauty"),
-    "length 0": (("explain", "cli_zoo:attention", "--length", "0"), "0"),
+    "length 0": (("explain", "cli_zoo:attention", "--length", "0"), "--length"),
     "no such demonstration": (("demo", "--model", "vision"), "no demonstration of 'vision'"),
 }
 
@@ -227,7 +227,7 @@ def test_a_failed_guard_is_status_1(zoo: Path, run: Callable[..., Ran], monkeypa
         raise GuardError("the bound cannot be met: give more data")
 
     monkeypatch.setattr(rewriter, "optimize", fails)
-    status, out, err = run(*CALIBRATED, "--json")
+    status, out, _ = run(*CALIBRATED, "--json")
     assert status == 1 and out == {"error": "the bound cannot be met: give more data"}
     assert not (zoo / "out").exists()
 

@@ -59,7 +59,7 @@ def peak_memory(function: Run) -> float:
         return float(torch.cuda.max_memory_allocated() - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     used = peak = 0
     for _, change in changes:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from rewriter.backend import GraphRewriter, Inner
 from rewriter.capture import compiled, module_names
 from rewriter.errors import CalibrationError, GuardError
 from rewriter.guard import (
-    Verdict, batches_from, check_batches, error, evaluate, evaluating, judge, measure_original, resolution, split,
+    Verdict,
+    batches_from,
+    check_batches,
+    evaluate,
+    evaluating,
+    judge,
+    measure_original,
+    model_tolerance,
+    relative_rms,
+    split,
 )  # fmt: skip
 from rewriter.metrics import Batch, primary, resolve_metric
 from rewriter.report import Timing
 from rewriter.select import Selector
-from rewriter.session import Session, install, route, uninstall
+from rewriter.session import Session, install, new_session, route, uninstall
 from rewriter.site import Causal
 from rewriter.tune.measure import alternate, medians, peak_memory
 from rewriter.tune.search import Deadline, Progress, Tuning, no_attention
@@ -26,170 +37,143 @@ from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
 
 _SECONDS_END_TO_END = 20.0
-NewSession = Callable[[Selector], Session]
 
 
-def untuned(
-    model: nn.Module,
-    example: Any,
-    goal: str,
-    allowed: frozenset[str] | None,
-    progress: Progress,
-    session_for: NewSession,
-    *,
-    dynamic: bool | None,
-) -> Session:
-    """Exact variants only. With an example, or the model's own dummy inputs, the result is checked and timed at once;
-    without, every site is decided when its graph is first captured."""
-    start = time.perf_counter()
-    session = session_for(Selector(goal=goal, allowed=allowed))
-    selector = session.rewriter.choose
-    assert selector is not None
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for: the arguments of `optimize`, checked."""
+
+    goal: str
+    allowed: frozenset[str] | None
+    inner: Inner
+    dynamic: bool | None
+    progress: Progress
+    max_drop: float
+    metric: Any
+    seed: int
+    deadline: Deadline
+    begin: float = field(default_factory=time.perf_counter)
+
+    def installed(self, model: nn.Module, selector: Selector) -> Session:
+        """The model with a selector's choices in place."""
+        session = new_session(model, GraphRewriter(selector, inner=self.inner), self.goal)
+        install(model, session, dynamic=self.dynamic)
+        return session
+
+    def finished(self, session: Session, verdict: Verdict | None = None, timing: Timing | None = None) -> Session:
+        """The session with its report filled in."""
+        session.report.verdict = verdict
+        session.guard = verdict.to_json() if verdict is not None else None
+        session.report.timings = [timing] if timing is not None else []
+        session.report.seconds = {"optimize": time.perf_counter() - self.begin}
+        return session
+
+
+def untuned(model: nn.Module, example: Any, request: Request) -> Session:
+    """Exact variants only. With an example, or the model's own dummy inputs, the result is checked at once; without,
+    every site is decided when its graph is first captured."""
     batch = _example(model, example)
-    install(model, session, dynamic=dynamic)
+    selector = Selector(goal=request.goal, allowed=request.allowed)
+    session = request.installed(model, selector)
     if batch is None:
         session.report.notes.append(
             "there are no example inputs, so sites are found and decided at the first call of each kind"
         )
-        return session
-    progress("capture", 0, None)
+        return request.finished(session)
+    request.progress("capture", 0, None)
     original, result = _runs(model, batch)
     with evaluating(model):
-        expected = primary(original())
-        actual = primary(result())
+        expected, actual = primary(original()), primary(result())
         if not session.rewriter.sites:
             raise no_attention(session.rewriter)
-        difference = error(actual, expected)
-        if not difference <= resolution(expected.dtype):
-            _give_up(session, f"the result differed by {difference:.3g} of the largest output, which is not exact")
-            install_again(model, session, dynamic)
-        elif any(d.variant != ORIGINAL for d in selector.decisions.values()):
-            progress("measure end to end", 0, None)
-            session.report.timings = [_timing(model, batch, goal, None)]
-    session.report.seconds = {"optimize": time.perf_counter() - start}
-    return session
+        difference = relative_rms(actual, expected)
+        if not difference <= model_tolerance(expected.dtype):
+            return _given_up(model, request, selector, f"the outputs differed by {difference:.3g}, which is not exact")
+        if example is None:
+            session.report.notes.append("timed site by site only: give example= to have the whole model timed as well")
+            return request.finished(session)
+        if not _changes(selector):
+            return request.finished(session)
+        request.progress("measure end to end", 0, None)
+        timing = _timing(model, batch, request)
+    if timing.ratio < 1:
+        return _given_up(model, request, selector, "no gain here: faster site by site, but not as a whole", timing)
+    return request.finished(session, None, timing)
 
 
-def tuned(
-    model: nn.Module,
-    calibration: Iterable[Any],
-    bound: float,
-    metric: Any,
-    goal: str,
-    allowed: frozenset[str] | None,
-    seed: int,
-    deadline: Deadline,
-    progress: Progress,
-    session_for: NewSession,
-    *,
-    dynamic: bool | None,
-) -> Session:
+def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
     """All training-free variants, and the learned ones that were asked for, under the guard."""
-    begin = time.perf_counter()
     batches = batches_from(calibration)
     check_batches(model, batches)
-    search_half, held_out = split(batches, seed)
+    search_half, held_out = split(batches, request.seed)
     slots = SlotRewriter(None, names=module_names(model))
-    tuning = Tuning(model, slots, goal, allowed, deadline, progress)
-    route(model, compiled(model, slots))
-    tuning.capture(search_half[:1])
-    causal = any(site.mask.has(Causal) for site in slots.sites.values())
-    route(model, None)
+    tuning = Tuning(model, slots, request.goal, request.allowed, request.deadline, request.progress)
     with evaluating(model):
         outputs = model(*search_half[0].args, **search_half[0].kwargs)
-    chosen = resolve_metric(metric, search_half[0], outputs, causal=causal)
+    through_slots = compiled(model, slots)
+    route(model, through_slots)
+    tuning.capture(search_half)
+    route(model, None)
+    causal = any(site.mask.has(Causal) for site in slots.sites.values())
+    metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
     dtype = primary(outputs).dtype
     del outputs
-    progress("measure the original", 0, None)
-    on_search, search_references = measure_original(chosen, model, search_half)
-    on_held_out, held_out_references = measure_original(chosen, model, held_out)
+    request.progress("measure the original", 0, None)
+    on_search, search_references = measure_original(metric, model, search_half)
+    on_held_out, references = measure_original(metric, model, held_out)
 
-    route(model, compiled(model, slots))
-    tuning.capture(search_half)
+    route(model, through_slots)
     tuning.measure_sites()
     thresholds = [0.0]
-    if bound > 0 and any(choices.others for choices in tuning.choices.values()) and not deadline.over():
+    if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
         tuning.measure_errors(search_half)
-        thresholds = tuning.search(chosen, on_search, search_half, search_references, bound)
+        thresholds = tuning.search(metric, on_search, search_half, search_references, request.max_drop)
     route(model, None)
 
+    reason = "nothing within the bound was faster"
     for number, threshold in enumerate(thresholds):
-        progress("check on held-out data", number, len(thresholds))
+        request.progress("check on held-out data", number, len(thresholds))
         decisions = tuning.decisions(threshold)
-        session = session_for(Selector({d.path: d for d in decisions}, True, goal, allowed))
-        selector = session.rewriter.choose
-        assert selector is not None
+        selector = Selector({d.path: d for d in decisions}, True, request.goal, request.allowed)
         selector.modules = tuning.modules(threshold)
-        install(model, session, dynamic=dynamic)
+        if not _changes(selector):
+            continue
+        session = request.installed(model, selector)
         exact = all(d.fidelity == "exact" for d in decisions)
-        found = evaluate(chosen, model, held_out, held_out_references)
-        verdict = judge(on_held_out, found, bound, exact=dtype if exact else None)
-        changed = any(d.variant != ORIGINAL for d in decisions)
-        timing = _timing(model, held_out[0], goal, deadline) if verdict.held and changed else None
-        if verdict.held and (timing is None or timing.result <= timing.original):
-            return _finished(session, verdict, timing, begin)
-        if verdict.held and timing is not None:
-            session.report.notes.append("no gain here, left as it is: faster site by site, but not end to end")
+        found = evaluate(metric, model, held_out, references)
+        verdict = judge(on_held_out, found, request.max_drop, exact=dtype if exact else None)
+        if verdict.held:
+            timing = _timing(model, held_out[0], request)
+            if timing.ratio >= 1:
+                return request.finished(session, verdict, timing)
+            reason = "faster site by site, but not as a whole"
         uninstall(model)
-    return _original(model, session_for, tuning, on_held_out, chosen, held_out, held_out_references, bound, begin, dynamic)
-
-
-def _finished(session: Session, verdict: Verdict, timing: Timing | None, begin: float) -> Session:
-    session.report.verdict = verdict
-    session.guard = verdict.to_json()
-    session.report.timings = [timing] if timing is not None else []
-    if timing is None:
-        session.report.notes.append("no gain here, left as it is: nothing was faster than the original within the bound")
-    session.report.seconds = {"optimize": time.perf_counter() - begin}
-    return session
-
-
-def _original(
-    model: nn.Module,
-    session_for: NewSession,
-    tuning: Tuning,
-    measured: Any,
-    metric: Any,
-    held_out: Sequence[Batch],
-    references: Sequence[Any],
-    bound: float,
-    begin: float,
-    dynamic: bool | None,
-) -> Session:
-    """Nothing held or nothing was faster: the original, which meets its own bound."""
-    session = session_for(Selector({}, True, tuning.goal, frozenset()))
-    _give_up_all(session, tuning)
-    install(model, session, dynamic=dynamic)
-    verdict = judge(measured, evaluate(metric, model, held_out, references), bound, exact=torch.float32)
+    selector = Selector({d.path: d for d in tuning.decisions(0.0)}, True, request.goal, frozenset())
+    session = _given_up(model, request, selector, f"no gain here: {reason}")
+    verdict = judge(on_held_out, evaluate(metric, model, held_out, references), request.max_drop, exact=dtype)
     if not verdict.held:
-        raise GuardError(
-            f"the metric {metric.name!r} does not repeat itself on the original model ({verdict}); make it deterministic"
-        )
-    return _finished(session, verdict, None, begin)
+        raise GuardError(f"the metric does not repeat itself on the original model ({verdict}): make it deterministic")
+    return request.finished(session, verdict)
 
 
-def _give_up(session: Session, reason: str) -> None:
-    selector = session.rewriter.choose
-    assert selector is not None
-    selector.decisions = {
+def _changes(selector: Selector) -> bool:
+    return any(decision.variant != ORIGINAL for decision in selector.decisions.values())
+
+
+def _given_up(
+    model: nn.Module, request: Request, selector: Selector, reason: str, timing: Timing | None = None
+) -> Session:
+    """The original at every site, with the reason, and with what was measured as the evidence."""
+    kept = {
         path: dataclasses.replace(d, variant=ORIGINAL, config={}, fidelity="exact", reason=f"left as it is: {reason}")
         for path, d in selector.decisions.items()
     }
-    session.report.notes.append(f"left as it is: {reason}")
-
-
-def _give_up_all(session: Session, tuning: Tuning) -> None:
-    selector = session.rewriter.choose
-    assert selector is not None
-    for choices in tuning.choices.values():
-        choices.others, choices.exact = [], None
-    selector.decisions = {d.path: d for d in tuning.decisions(0.0)}
-
-
-def install_again(model: nn.Module, session: Session, dynamic: bool | None) -> None:
-    """The same session with other decisions: the graphs must be made anew."""
     uninstall(model)
-    install(model, session, dynamic=dynamic)
+    session = request.installed(model, dataclasses.replace(selector, decisions=kept, modules={}, allowed=frozenset()))
+    session.report.notes.append(f"left as it is: {reason}")
+    if timing is not None:
+        session.report.notes.append(f"the rewritten model took {timing.result:.4g} {timing.unit}, the original less")
+    return request.finished(session)
 
 
 def _example(model: nn.Module, example: Any) -> Batch | None:
@@ -197,11 +181,11 @@ def _example(model: nn.Module, example: Any) -> Batch | None:
     if example is not None:
         batches = batches_from([example])
         check_batches(model, batches)
-        with evaluating(model):
-            try:
-                model(*batches[0].args, **batches[0].kwargs)
-            except Exception as cause:
-                raise CalibrationError(f"the model fails on the example ({cause})") from cause
+        try:
+            with evaluating(model):
+                primary(model(*batches[0].args, **batches[0].kwargs))
+        except Exception as cause:
+            raise CalibrationError(f"the model fails on the example ({cause}); give inputs that it accepts") from cause
         return batches[0]
     offered = getattr(model, "dummy_inputs", None)
     if not isinstance(offered, dict):
@@ -228,18 +212,18 @@ def _runs(model: nn.Module, batch: Batch) -> tuple[Callable[[], Any], Callable[[
     return original, result
 
 
-def _timing(model: nn.Module, batch: Batch, goal: str, deadline: Deadline | None) -> Timing:
+def _timing(model: nn.Module, batch: Batch, request: Request) -> Timing:
     """Original and result end to end, in alternation."""
     runs = _runs(model, batch)
     with evaluating(model):
-        if goal == "memory":
+        if request.goal == "memory":
             for run in runs:
                 run()
             costs = [peak_memory(run) for run in runs]
         else:
-            left = _SECONDS_END_TO_END if deadline is None else min(_SECONDS_END_TO_END, max(deadline.left, 0.0))
-            costs = medians(alternate(runs, repeats=5, budget=left))
-    return Timing(_described(batch), costs[0], costs[1], "bytes" if goal == "memory" else "ms")
+            budget = min(_SECONDS_END_TO_END, max(request.deadline.left, 0.0))
+            costs = medians(alternate(runs, repeats=5, budget=budget))
+    return Timing(_described(batch), costs[0], costs[1], "bytes" if request.goal == "memory" else "ms")
 
 
 def _described(batch: Batch) -> str:
@@ -247,4 +231,3 @@ def _described(batch: Batch) -> str:
     values = [*(("", v) for v in batch.args), *batch.kwargs.items()]
     shapes = [f"{n} {'x'.join(map(str, v.shape))}".strip() for n, v in values if isinstance(v, torch.Tensor)]
     return ", ".join(shapes) or "one batch"
-

@@ -1,8 +1,8 @@
 """Search for the fastest (or smallest) plan that the guard accepts.
 
-Every candidate is timed at its site and its local error is measured on the search half of the data. One threshold on the
-local error then makes a plan: at each site the cheapest candidate below it. The largest threshold whose plan keeps the
-metric within the bound is found by bisection on the search half; whether it holds is decided on the other half.
+Every candidate is timed at its site and its local error is measured on the search half of the data. One threshold on
+the local error then makes a plan: at each site the cheapest candidate below it. The largest threshold whose plan keeps
+the metric within the bound is found by bisection on the search half; whether it holds is decided on the other half.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rewriter.select import WORTH_IT, bench, candidates
 from rewriter.site import AttentionSite
 from rewriter.target import Target
 from rewriter.tune.slots import SlotRewriter, Switches, detached, standing_in
-from rewriter.variant import ORIGINAL, Implementation, Variant
+from rewriter.variant import ORIGINAL, Config, Implementation, Variant
 
 _SECONDS_A_KEY = 4.0
 _MARGIN = 0.9
@@ -41,7 +41,7 @@ class Candidate:
     """One way to compute one site, built. `cost` in the goal's unit; `error` is its local relative error."""
 
     variant: Variant
-    config: dict[str, object]
+    config: Config
     implementation: Implementation
     cost: float
     error: float = 0.0
@@ -108,7 +108,7 @@ class Tuning:
 
     def measure_sites(self) -> None:
         """Time the candidates of every site; equal sites once."""
-        measured: dict[str, tuple[list[float], list[tuple[Variant, dict[str, object]]], dict[str, str]]] = {}
+        measured: dict[str, tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]] = {}
         for number, (path, region) in enumerate(self.slots.regions.items()):
             self.progress("measure sites", number, len(self.slots.regions))
             identity = region.identity()
@@ -122,9 +122,7 @@ class Tuning:
             ]
             self.choices[path] = _choices(site, costs[0], built, dict(refused))
 
-    def _measure(
-        self, region: Region
-    ) -> tuple[list[float], list[tuple[Variant, dict[str, object]]], dict[str, str]]:
+    def _measure(self, region: Region) -> tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]:
         site = region.match.site
         q_len, kv_len = region.lengths
         sized = site.sized(batch=region.batch, q_len=q_len, kv_len=kv_len)
@@ -136,7 +134,7 @@ class Tuning:
         return trial.compare(implementations, goal=self.goal, budget=_SECONDS_A_KEY), found, refused
 
     def measure_errors(self, batches: Sequence[Batch]) -> None:
-        """The local error of every candidate that is not exact, on the original's own activations; fits learned ones."""
+        """The local error of what is not exact, on the original's own activations. Fits learned variants first."""
         samples: dict[str, list[tuple[Operands, Tensor]]] = {}
         sums: dict[int, list[float]] = {}
 
@@ -243,7 +241,7 @@ def no_attention(seen: Any) -> NoAttentionError:
     """The error for a model without attention, with the nearest miss."""
     if seen.refusals:
         return NoAttentionError(
-            f"no attention in this model could be taken; the nearest was {seen.refusals[0]} (rewriter.explain tells all)"
+            f"no attention in this model could be taken; the nearest was {seen.refusals[0]}; see rewriter.explain"
         )
     return NoAttentionError("there is no attention in this model, so there is nothing to rewrite")
 
@@ -263,8 +261,8 @@ def _canonical_form(out: Tensor, operands: Operands) -> Tensor:
     return out if out.dim() == 4 else out.unsqueeze(1)
 
 
-def _built(variant: Variant, site: AttentionSite, config: dict[str, object]) -> Implementation:
-    implementation = variant.build(site, config)  # type: ignore[arg-type]
+def _built(variant: Variant, site: AttentionSite, config: Config) -> Implementation:
+    implementation = variant.build(site, config)
     if isinstance(implementation, nn.Module):
         implementation.to(torch.device(site.device))
     return implementation
@@ -294,7 +292,7 @@ def _decision(choices: SiteChoices, chosen: Candidate | None, goal: str) -> Deci
         path=site.path,
         site=site.key(),
         variant=chosen.variant.name,
-        config=chosen.config,  # type: ignore[arg-type]
+        config=chosen.config,
         fidelity=chosen.variant.fidelity,
         reason=f"cheapest within the bound: {chosen.cost / choices.original:.2f} of the original's {unit}",
         evidence={

@@ -26,7 +26,7 @@ Observer = Callable[[AttentionSite, Operands, Tensor], None]
 
 
 class Slot(nn.Module):
-    """One attention that can be switched: `switches.active[path]` computes it, or the original code where there is none."""
+    """One attention that can be switched: `switches.active[path]` computes it, or else its original code."""
 
     def __init__(self, region: Region, switches: Switches) -> None:
         super().__init__()
