@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter.backend import GraphRewriter, Inner, inner_compiler
+from rewriter.backend import GraphRewriter, Inner, check_goal, check_variants, inner_compiler
 from rewriter.capture import capture_errors, compiled, exported, module_names
 from rewriter.detect import detect
 from rewriter.errors import OptionError
@@ -20,14 +21,12 @@ from rewriter.metrics import Metric
 from rewriter.passes import Rewrite, rewritten
 from rewriter.plan import Plan, check_model
 from rewriter.report import Report
-from rewriter.select import Selector
-from rewriter.session import install, new_session, route, session_of, uninstall
+from rewriter.select import Selector, read_plan
+from rewriter.session import adopt, install, new_session, route, session_of, uninstall
 from rewriter.tune.run import Request, tuned, untuned
-from rewriter.tune.search import Deadline, Progress
-from rewriter.variant import variants as all_variants
+from rewriter.tune.search import Deadline, Progress, no_attention
 
 M = TypeVar("M", bound=nn.Module)
-GOALS = ("latency", "memory")
 
 
 def optimize(
@@ -70,7 +69,8 @@ def optimize(
     Raises a `RewriterError` with one sentence on bad input, and then the model is left exactly as it was.
     """
     bound = check_max_drop(max_drop)
-    allowed = _check_options(goal, time_budget, variants, inner)
+    goal, allowed = check_goal(goal), check_variants(variants)
+    _check_options(time_budget, inner, dynamic, progress)
     if isinstance(model, ExportedProgram):
         if calibration is not None or plan is not None:
             raise OptionError("an exported program is rewritten exactly; to tune, give optimize() the module itself")
@@ -92,36 +92,54 @@ def optimize(
     )
     before = uninstall(model)
     try:
-        if calibration is not None:
-            tuned(model, calibration, request)
-        else:
-            untuned(model, example, request)
+        with _unchanged(model):
+            if calibration is not None:
+                session = tuned(model, calibration, request)
+            else:
+                session = untuned(model, example, request)
     except BaseException:
         uninstall(model)
         route(model, None)
         if before is not None:
-            install(model, before, dynamic=dynamic)
+            install(model, before)
         raise
+    session.strict = False
     return model
 
 
-def _check_options(
-    goal: str, time_budget: float | None, names: Iterable[str] | None, inner: Inner
-) -> frozenset[str] | None:
-    if goal not in GOALS:
-        raise OptionError(f"goal is one of {', '.join(GOALS)}, not {goal!r}")
+def _check_options(time_budget: Any, inner: Any, dynamic: Any, progress: Any) -> None:
     if time_budget is not None and not (isinstance(time_budget, (int, float)) and time_budget > 0):
         raise OptionError(f"time_budget is a positive number of seconds, not {time_budget!r}")
+    if dynamic not in (None, True, False):
+        raise OptionError(f"dynamic is True, False or None, as in torch.compile, not {dynamic!r}")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress is a function (stage, done, total), not a {type(progress).__name__}")
     inner_compiler(inner)
-    if names is None:
-        return None
-    if isinstance(names, str):
-        raise OptionError(f"variants is a list of names; write variants=[{names!r}]")
-    allowed = frozenset(names)
-    unknown = sorted(allowed - set(all_variants()))
-    if unknown:
-        raise OptionError(f"no variant is called {', '.join(unknown)}; known: {', '.join(all_variants())}")
-    return allowed
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Random state, modes and buffers (running statistics, caches) are afterwards what they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta and buffer.layout == torch.strided
+    ]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for held, name, buffer, content in buffers:
+                held[name] = buffer
+                # Only where needed: a write makes autograd refuse what it saved before.
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
 
 
 def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
@@ -137,18 +155,8 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
     if not isinstance(model, nn.Module):
         raise OptionError(f"explain takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
     seen = GraphRewriter(None, names=module_names(model))
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices), capture_errors():
-            compiled(model, seen)(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for name, buffer in model.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])  # Running statistics, in training mode.
+    with _unchanged(model), torch.no_grad(), capture_errors():
+        compiled(model, seen)(*args, **kwargs)
     seconds = {**seen.seconds, "whole run": time.perf_counter() - start}
     return Report(sites=list(seen.sites.values()), refusals=seen.refusals, graphs=seen.graphs, seconds=seconds)
 
@@ -167,29 +175,31 @@ def apply(
     Raises PlanError for a damaged plan, one for another model, or (with `check_weights`) an inexact one for other
     weights.
     """
-    inner_compiler(inner)
-    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a plan is applied to a torch.nn.Module, not to a {type(model).__name__}")
+    _check_options(None, inner, dynamic, None)
+    plan = read_plan(plan)
     before = uninstall(model)
     try:
         check_model(plan, model, check_weights=check_weights)
-        selector = Selector(
-            decisions={decision.path: decision for decision in plan.decisions},
-            decide_unknown=False,
-            goal=plan.goal,
-            state=plan.state,
-        )
-        session = new_session(model, GraphRewriter(selector, inner=inner), plan.goal)
+        session = new_session(model, GraphRewriter(Selector.replaying(plan), inner=inner), plan.goal, dynamic)
         session.guard = dict(plan.guard) if plan.guard is not None else None
-        install(model, session, dynamic=dynamic)
+        install(model, session)
     except BaseException:
         if before is not None and session_of(model) is None:
-            install(model, before, dynamic=dynamic)
+            install(model, before)
         raise
+    session.strict = False
     return model
 
 
 def restore(model: M) -> M:
     """Give the model back as it was before `optimize` or `apply`. Learned parameters go. Returns the same object."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"restore takes the module that optimize returned, not a {type(model).__name__}")
+    session = session_of(model)
+    if session is not None and not session.in_place:
+        raise OptionError("this module was made from an exported program, which is unchanged; use that")
     uninstall(model)
     return model
 
@@ -207,12 +217,13 @@ def report_of(model: nn.Module) -> Report | None:
 
 
 def _optimize_exported(program: ExportedProgram, goal: str, allowed: frozenset[str] | None) -> nn.Module:
-    work = Rewrite(exported(program), {})
-    work.detection = detect(work.graph)
-    if not work.detection.matches:
-        from rewriter.tune.search import no_attention
-
-        raise no_attention(work.detection)
     selector = Selector(goal=goal, allowed=allowed)
-    graph = rewritten(work, selector.choose)
-    return graph if graph is not None else work.graph
+    seen = GraphRewriter(selector, graphs=1)
+    work = Rewrite(exported(program), {})
+    work.detection = work.step("detect", lambda: detect(work.graph))
+    seen.note(work)
+    if not work.detection.matches:
+        raise no_attention(seen)
+    found = rewritten(work, selector.choose) or work.graph
+    adopt(found, new_session(found, seen, goal))
+    return found

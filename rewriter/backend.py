@@ -6,8 +6,7 @@ attention, or one that cannot be re-traced, goes on as it came.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,11 @@ from rewriter import debug
 from rewriter.capture import Graph
 from rewriter.errors import OptionError, RewriterError
 from rewriter.passes import Rewrite, captured, rewritten
-from rewriter.plan import Plan
-from rewriter.select import Selector
+from rewriter.select import Selector, read_plan
 from rewriter.site import AttentionSite, Refusal
+from rewriter.variant import variants
 
+GOALS = ("latency", "memory")
 Inner = str | Callable[[Graph, Sequence[Any]], Callable[..., Any]]
 
 
@@ -28,6 +28,8 @@ def inner_compiler(inner: Inner) -> Callable[[Graph, Sequence[Any]], Callable[..
     """The backend that compiles what is left: "eager" runs the graph as it is; any of torch's; or a callable."""
     if callable(inner):
         return inner
+    if not isinstance(inner, str):
+        raise OptionError(f"inner is the name of a backend or a function, not {inner!r}")
     if inner == "eager":
         return lambda gm, example_inputs: gm.forward
     import torch._dynamo
@@ -74,11 +76,15 @@ class GraphRewriter:
             self.refusals.append(Refusal(f"a graph could not be re-traced ({first}), so it runs as it is"))
             debug.say(1, str(self.refusals[-1]))
             return None
+        self.note(work)
+        return work if work.detection.matches else None
+
+    def note(self, work: Rewrite) -> None:
+        """Remember what a graph holds."""
         self._add_seconds(work)
         for site in work.detection.sites:
             self.sites.setdefault(site.path, site)
         self.refusals += [refusal for refusal in work.detection.refusals if refusal not in self.refusals]
-        return work if work.detection.matches else None
 
     def _add_seconds(self, work: Rewrite) -> None:
         for name, seconds in work.seconds.items():
@@ -94,13 +100,31 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any =
     unknown = set(given) - {"inner", "plan", "goal", "variants"}
     if unknown:
         raise OptionError(f"unknown options {sorted(unknown)}; known: inner, plan, goal, variants")
-    plan = given.get("plan")
-    plan = Plan.load(plan) if isinstance(plan, (str, os.PathLike)) else plan
-    chooser = Selector(
-        decisions={d.path: d for d in plan.decisions} if plan is not None else {},
-        decide_unknown=plan is None,
-        goal=given.get("goal", "latency"),
-        allowed=frozenset(given["variants"]) if given.get("variants") is not None else None,
-        state=plan.state if plan is not None else {},
-    )
+    if given.get("plan") is not None:
+        chooser = Selector.replaying(read_plan(given["plan"]))
+    else:
+        goal, allowed = check_goal(given.get("goal", "latency")), check_variants(given.get("variants"))
+        chooser = Selector(goal=goal, allowed=allowed)
     return GraphRewriter(chooser, inner=given.get("inner", "inductor"))(gm, example_inputs)
+
+
+def check_goal(goal: Any) -> str:
+    """What is to be made small."""
+    if goal not in GOALS:
+        raise OptionError(f"goal is one of {', '.join(GOALS)}, not {goal!r}")
+    return str(goal)
+
+
+def check_variants(names: Any) -> frozenset[str] | None:
+    """The names of the variants to choose among, None for all."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise OptionError(f"variants is a list of names; write variants=[{names!r}]")
+    if not isinstance(names, Iterable):
+        raise OptionError(f"variants is a list of names, not {names!r}")
+    allowed = frozenset(names)
+    unknown = sorted(map(str, allowed - set(variants())))
+    if unknown:
+        raise OptionError(f"no variant is called {', '.join(unknown)}; known: {', '.join(variants())}")
+    return allowed

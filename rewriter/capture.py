@@ -59,6 +59,11 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
         node.meta["is_parameter"] = isinstance(held, nn.Parameter)
         if isinstance(held, torch.Tensor):
             node.meta.setdefault("val", held)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        value, probability, training = node.args
+        if not training or probability == 0:  # Re-tracing leaves it out; as a random operator it is never dead code.
+            node.replace_all_uses_with(value)  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
     return gm
 
 

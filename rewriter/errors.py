@@ -41,3 +41,10 @@ class OutputError(RewriterError):
 
 class GuardError(RewriterError):
     """The accuracy bound could not be met, not even by the original model."""
+
+
+def brief(cause: Exception) -> str:
+    """One line of at most 200 characters."""
+    text = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+    text = text if len(text) <= 200 else text[:197] + "..."
+    return text if isinstance(cause, MetricError) else f"{type(cause).__name__}: {text}"

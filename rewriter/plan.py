@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from rewriter.errors import OutputError, PlanError
-from rewriter.variant import Config
+from rewriter.fingerprint import fingerprint
+from rewriter.site import AttentionSite, Refusal
+from rewriter.target import Target
+from rewriter.variant import Config, variants
 
 FORMAT = 1
 FILE = "rewriter_plan.json"
@@ -33,7 +35,6 @@ FILE = "rewriter_plan.json"
 Fidelity = Literal["exact", "approximate", "learned"]
 _FIDELITIES: tuple[Fidelity, ...] = ("exact", "approximate", "learned")
 _OURS = {"format": "pt", "written_by": "rewriter.Plan"}
-_SAMPLES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,41 @@ class Plan:
     rewriter: str = field(default_factory=_version)
     format: int = FORMAT
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def for_model(model: nn.Module, choices: Mapping[AttentionSite, str | tuple[str, Config]]) -> Plan:
+        """A plan written by hand: for each site (of `explain`) the name of a variant, or (name, config).
+
+        Without a config the variant's first one is taken. Nothing is measured: the accuracy is the author's business.
+        Raises PlanError where there is no such variant, or where it does not apply.
+        """
+        decisions = []
+        for site, choice in choices.items():
+            name, config = (choice, None) if isinstance(choice, str) else choice
+            variant, target = variants().get(name), Target.current(site.device)
+            if variant is None:
+                raise PlanError(f"there is no variant {name!r}; choose one of {', '.join(variants())}")
+            if isinstance(answer := variant.applies(site, target), Refusal):
+                raise PlanError(f"{name} does not apply at {site.path}: {answer.reason}; choose another variant")
+            if config is None:
+                config = next(iter(variant.configs(site, target)), {})
+            decisions.append(
+                Decision(
+                    path=site.path,
+                    site=site.key(),
+                    variant=name,
+                    config=config,
+                    fidelity=variant.fidelity,
+                    reason="chosen by hand",
+                )
+            )
+        device = next((site.device for site in choices), "cpu")
+        return Plan(
+            decisions=tuple(decisions),
+            target=Target.current(device).to_json(),
+            model=fingerprint(model),
+            goal="latency",
+        )
 
     @property
     def fidelity(self) -> Fidelity:
@@ -279,47 +315,6 @@ def _state(raw: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as cause:
         raise PlanError(f"its weights {name} are not a safetensors file ({cause}); copy them again") from cause
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a plan is for: {"structure", "weights", "tensors", "values"}.
-
-    structure  hash of the sorted names and shapes of parameters and persistent buffers, without those in `rewriter`
-    weights    hash of up to 256 values of each parameter, as bfloat16, so that the type of loading does not matter;
-               it tells a trained model from an untrained one, not a single changed weight in a million
-    tensors, values  how many there are, for messages
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            # Caches such as position tables come and go with the calls.
-            if name not in module._non_persistent_buffers_set:
-                named[f"{prefix}.{name}" if prefix else name] = buffer
-    # torch.compile wraps a module under a name of its own.
-    named = {name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}
-    named = {name: named[name] for name in sorted(named) if not name.startswith("rewriter.")}
-    structure, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in named.items():
-        structure.update(f"{name}{tuple(tensor.shape)}\n".encode())
-        if isinstance(tensor, nn.Parameter):
-            weights.update(name.encode() + _sample(tensor))
-    return {
-        "structure": structure.hexdigest(),
-        "weights": weights.hexdigest(),
-        "tensors": len(named),
-        "values": sum(t.numel() for t in named.values()),
-    }
-
-
-def _sample(tensor: Tensor) -> bytes:
-    """Evenly spaced values as bytes; none of a tensor without readable ones (meta, sparse)."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
-        return b""
-    flat = tensor.detach().reshape(-1)
-    chosen = flat[:: max(1, flat.numel() // _SAMPLES)]
-    if chosen.is_floating_point():
-        chosen = chosen.to(torch.bfloat16)
-    return chosen.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from rewriter import debug
-from rewriter.errors import PlanError
-from rewriter.plan import Decision
+from rewriter.errors import OptionError, PlanError
+from rewriter.guard import error, tolerance
+from rewriter.plan import Decision, Plan
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
 from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
+from rewriter.testing import brute_force, inputs
 from rewriter.tune.measure import SiteBench
 from rewriter.variant import ORIGINAL, Config, Implementation, Variant, variants
 
@@ -24,8 +28,10 @@ NOMINAL_TOKENS = 1024
 WORTH_IT = 0.97
 """A candidate must need at most this part of the original's time (or memory): less is noise."""
 _SECONDS_A_SITE = 1.0
+_SMALL = (150, 67)
+"""Tokens of the input on which an exact candidate is compared with the definition."""
 
-_MEASURED: dict[tuple[str, ...], Decision] = {}
+_MEASURED: dict[tuple[object, ...], Decision] = {}
 _LOCK = threading.Lock()
 
 
@@ -47,15 +53,23 @@ class Selector:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @staticmethod
+    def replaying(plan: Plan) -> Selector:
+        """Takes what the plan says and measures nothing."""
+        decisions = {decision.path: decision for decision in plan.decisions}
+        return Selector(decisions, decide_unknown=False, goal=plan.goal, state=plan.state)
+
     def choose(self, match: Match) -> Implementation | None:
         """What to place; None for the original code."""
         site = match.site
         decision = self.decisions.get(site.path)
-        if decision is None:
-            if not self.decide_unknown:
-                self._note(f"{site.path}: not in the plan, so it runs its original code")
-                return None
-            decision = self.decisions[site.path] = decide_exact(match, self.goal, self.allowed)
+        if decision is None and not self.decide_unknown:
+            self.note(f"{site.path}: not in the plan, so it runs its original code")
+            return None
+        if decision is None or self._was_for_another(decision, site):
+            found = decide_exact(match, self.goal, self.allowed)
+            if decision is None or found.variant != ORIGINAL:
+                decision = self.decisions[site.path] = found
         debug.say(1, f"{site.path}: {decision.variant} ({decision.reason})")
         return self.implementation(site, decision)
 
@@ -67,32 +81,46 @@ class Selector:
         target = Target.current(site.device)
         applies = variant.applies(site, target)
         if not applies:
-            self._note(f"{site.path}: {decision.variant} does not apply here ({applies}); it runs its original code")
+            self.note(f"{site.path}: {decision.variant} does not apply here ({applies}); it runs its original code")
             return None
         if variant.fidelity != "exact" and not fits(site, decision.site):
-            self._note(
+            self.note(
                 f"{site.path}: this call is not the one that the plan was made for ({site.key()} instead of "
                 f"{decision.site}); it runs its original code"
             )
             return None
         if variant.fidelity == "learned":
             return self.learned(decision)
-        return variant.build(site, decision.config)
+        try:
+            return variant.build(site, decision.config)
+        except Exception as error:
+            self.note(f"{site.path}: {decision.variant} cannot be built ({brief(error)}); it runs its original code")
+            return None
 
     def learned(self, decision: Decision) -> nn.Module:
         """The one module of a decision for a learned variant, with the plan's parameters where it has them."""
         if decision.path not in self.modules:
-            site = AttentionSite.parse(decision.site, decision.path)
-            module = variant_named(decision.variant).build(site, decision.config)
-            assert isinstance(module, nn.Module), "a learned variant builds a module"
             prefix = module_name(decision.path) + "."
             state = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(prefix)}
-            if state:
-                module.load_state_dict(state)
-            self.modules[decision.path] = module.to(site.device)
+            try:
+                site = AttentionSite.parse(decision.site, decision.path)
+                module = variant_named(decision.variant).build(site, decision.config)
+                assert isinstance(module, nn.Module), "a learned variant builds a module"
+                if state:
+                    module.load_state_dict(state)
+                self.modules[decision.path] = module.to(site.device)
+            except Exception as error:
+                raise PlanError(
+                    f"the plan's {decision.variant} at {decision.path} cannot be built ({brief(error)}); tune again"
+                ) from error
         return self.modules[decision.path]
 
-    def _note(self, text: str) -> None:
+    def _was_for_another(self, decision: Decision, site: AttentionSite) -> bool:
+        """Nothing was found for the first kind of call (with dropout, say); this one may be another."""
+        return self.decide_unknown and decision.variant == ORIGINAL and decision.site != site.key()
+
+    def note(self, text: str) -> None:
+        """Say it once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -108,6 +136,27 @@ def variant_named(name: str) -> Variant:
     if found is None:
         raise PlanError(f"the plan uses the variant {name!r}, which is not installed; known: {', '.join(variants())}")
     return found
+
+
+def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan or its file, whose variants are all installed and what it says they are. Raises PlanError."""
+    if isinstance(plan, (str, os.PathLike)):
+        plan = Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise OptionError(f"plan is a rewriter.Plan or the path of its file, not a {type(plan).__name__}")
+    for decision in plan.decisions:
+        variant = variant_named(decision.variant)
+        if decision.variant != ORIGINAL and variant.fidelity != decision.fidelity:
+            raise PlanError(
+                f"the plan calls {decision.variant} at {decision.path} {decision.fidelity}, and it is "
+                f"{variant.fidelity}; tune again"
+            )
+    return plan
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fits(site: AttentionSite, key: str) -> bool:
@@ -174,7 +223,8 @@ def decide_exact(match: Match, goal: str, allowed: frozenset[str] | None) -> Dec
     site = match.site
     region = region_of(match)
     assert isinstance(region, Region), "only proved matches are decided"
-    identity = (site.key(), region.identity(), goal, *sorted(allowed or ("*",)))
+    builders = tuple((name, v.build) for name, v in variants().items() if allowed is None or name in allowed)
+    identity = (site.key(), region.identity(), goal, builders)
     with _LOCK:
         if identity not in _MEASURED:
             _MEASURED[identity] = _measure_exact(region, goal, allowed)
@@ -184,22 +234,61 @@ def decide_exact(match: Match, goal: str, allowed: frozenset[str] | None) -> Dec
 def _measure_exact(region: Region, goal: str, allowed: frozenset[str] | None) -> Decision:
     site, target = region.match.site, Target.current(region.match.site.device)
     found, refused = candidates(site, target, allowed, frozenset({"exact"}))
+    trial = bench(region) if found else None
+    built = working(trial, found, refused) if trial else []
     keep = Decision(
         path=site.path, site=site.key(), variant=ORIGINAL, config={}, fidelity="exact", refused=refused,
         reason="no other exact implementation applies here", evidence={},
     )  # fmt: skip
-    if not found:
+    if trial is None or not built:
         return keep
-    trial = bench(region)
-    costs = trial.compare([v.build(site, c) for v, c in found], goal=goal, budget=_SECONDS_A_SITE)
+    costs = trial.compare([implementation for _, _, implementation in built], goal=goal, budget=_SECONDS_A_SITE)
     unit = "bytes" if goal == "memory" else "ms"
-    best = min(range(len(found)), key=lambda i: costs[i + 1])
-    variant, config = found[best]
+    best = min(range(len(built)), key=lambda i: costs[i + 1])
+    variant, config, _ = built[best]
+    part = costs[best + 1] / max(costs[0], 1e-9)
     evidence = {f"original_{unit}": costs[0], f"candidate_{unit}": costs[best + 1]}
-    if costs[best + 1] > WORTH_IT * costs[0]:
-        reason = f"no gain here, left as it is: {variant.name} took {costs[best + 1] / costs[0]:.2f} of its {unit}"
+    if part > WORTH_IT:
+        reason = f"no gain here, left as it is: {variant.name} took {part:.2f} of its {unit}"
         return dataclasses.replace(keep, reason=reason, evidence=evidence)
     return dataclasses.replace(
         keep, variant=variant.name, config=config, evidence=evidence,
-        reason=f"exact, and needs {costs[best + 1] / costs[0]:.2f} of the original's {unit}",
+        reason=f"exact, and needs {part:.2f} of the original's {unit}",
     )  # fmt: skip
+
+
+Built = tuple[Variant, Config, Implementation]
+
+
+def working(trial: SiteBench, found: Sequence[tuple[Variant, Config]], refused: dict[str, str]) -> list[Built]:
+    """The candidates that can be built and run here, and are exact if they say so. The others go to `refused`.
+
+    Nothing is timed before it is right.
+    """
+    built: list[Built] = []
+    for variant, config in found:
+        try:
+            implementation = variant.build(trial.site, config)
+            if isinstance(implementation, nn.Module):
+                implementation.to(trial.site.device)
+            trial.runner(implementation)()
+            difference = _difference(implementation, trial.site) if variant.fidelity == "exact" else 0.0
+        except Exception as failure:
+            refused[variant.name] = f"failed here: {brief(failure)}"
+            continue
+        if difference <= tolerance(trial.site.torch_dtype):
+            built.append((variant, config, implementation))
+        else:
+            refused[variant.name] = f"not exact here: its result differs by {difference:.3g}"
+    return built
+
+
+def _difference(implementation: Implementation, site: AttentionSite) -> float:
+    """How far an implementation is from the definition, on a small input; 0 where dropout makes it random."""
+    if site.dropout_p > 0:
+        return 0.0
+    q_len = 1 if site.q_len == 1 else _SMALL[site.q_len is not None and site.q_len != site.kv_len]
+    small = site.sized(batch=2, q_len=q_len, kv_len=_SMALL[0])
+    tensors = inputs(small, seed=0)
+    with torch.no_grad():
+        return error(implementation(*tensors), brute_force(*tensors, site=small))

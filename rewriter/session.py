@@ -13,29 +13,43 @@ from torch import nn
 
 from rewriter.backend import GraphRewriter
 from rewriter.capture import capture_errors, compiled, module_names
-from rewriter.errors import OptionError
-from rewriter.plan import Plan, fingerprint
+from rewriter.errors import CaptureError, OptionError
+from rewriter.fingerprint import fingerprint
+from rewriter.plan import Plan
 from rewriter.report import Report
 from rewriter.select import module_name
 from rewriter.target import Target
 
 SUBMODULE = "rewriter"
 """Where the parameters of learned variants live in the user's model."""
-_MOST_GRAPHS = 64
-"""Graphs of one model before dynamo gives up: prefill and decode, several lengths, with and without gradients."""
+_DYNAMO = {"recompile_limit": 64, "skip_nnmodule_hook_guards": False}
+"""Graphs of one model before dynamo gives up (prefill and decode, several lengths, with and without gradients), and
+whether it overlooks hooks that come and go."""
+_CALL = "_compiled_call_impl"
+"""Where `nn.Module.__call__` looks for something to run instead of the module's own forward; it is never pickled."""
 
 _SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 
+class Learned(nn.ModuleDict):
+    """The parameters of a model's learned variants. A class of our own, so that nobody else's are ever taken away."""
+
+
 @dataclass
 class Session:
-    """One rewritten model. Holds no reference to the model, whose life it must not prolong."""
+    """One rewritten model. Holds no reference to the model, whose life it must not prolong.
+
+    While it is `strict` a call that cannot be captured raises; later it runs the original, and the report says so.
+    """
 
     rewriter: GraphRewriter
     goal: str
     guard: dict[str, Any] | None = None
     report: Report = field(default_factory=Report)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    dynamic: bool | None = None
+    strict: bool = True
+    in_place: bool = True
 
     def plan(self) -> Plan:
         """The plan as it stands, with the learned parameters as they are now."""
@@ -43,7 +57,7 @@ class Session:
         assert selector is not None
         device = next(iter(self.rewriter.sites.values())).device if self.rewriter.sites else "cpu"
         state = {
-            f"{module_name(path)}.{name}": value
+            f"{module_name(path)}.{name}": value.clone()
             for path, module in selector.modules.items()
             for name, value in module.state_dict().items()
         }
@@ -75,42 +89,66 @@ def session_of(model: nn.Module) -> Session | None:
     return _SESSIONS.get(model)
 
 
-def install(model: nn.Module, session: Session, *, dynamic: bool | None = None) -> None:
+def install(model: nn.Module, session: Session) -> None:
     """Make calls of the model run the rewritten graphs. The model must be as its author left it."""
-    if hasattr(model, SUBMODULE):
-        raise OptionError(f"the model has an attribute {SUBMODULE!r} of its own, where learned parameters would live")
     selector = session.rewriter.choose
     assert selector is not None
     session.rewriter.names = module_names(model)
     learned = {d.path: selector.learned(d) for d in selector.decisions.values() if d.fidelity == "learned"}
+    if learned and hasattr(model, SUBMODULE):
+        raise OptionError(f"the model has an attribute {SUBMODULE!r} of its own, where learned parameters would live")
+    call = compiled(model, session.rewriter, dynamic=session.dynamic)
     if learned:
-        model.add_module(SUBMODULE, nn.ModuleDict({module_name(path): module for path, module in learned.items()}))
-    route(model, compiled(model, session.rewriter, dynamic=dynamic))
+        model.add_module(SUBMODULE, Learned({module_name(path): module for path, module in learned.items()}))
+    route(model, call, session)
     _SESSIONS[model] = session
 
 
-def route(model: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Send calls of the module to `call`; None sends them to its own forward again."""
+def adopt(module: nn.Module, session: Session) -> None:
+    """Let a module that was made by the rewriting carry its session. It has no earlier form to go back to."""
+    session.in_place = False
+    _SESSIONS[module] = session
+
+
+def route(model: nn.Module, call: Callable[..., Any] | None, session: Session | None = None) -> None:
+    """Send calls of the module to `call`; None sends them where its author did (`model.compile()` uses this too)."""
+    facts = vars(model)
+    own = facts.get(_CALL)
+    own = getattr(own, "rewriter_instead_of", own)
     if call is None:
-        model._compiled_call_impl = None
+        facts[_CALL] = own
+        if own is None:
+            del facts[_CALL]
         return
 
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS), capture_errors():
-            return call(*args, **kwargs)
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            # Hooks that come or go later must be seen, and each length may need a graph.
+            with torch._dynamo.config.patch(_DYNAMO), capture_errors():
+                return call(*args, **kwargs)
+        except CaptureError as error:
+            if session is None or session.strict:
+                raise
+            session.rewriter.choose.note(f"a call ran the original code: {error}")  # type: ignore[union-attr]
+            # Also where the mistake is in the arguments, so that it is reported as it always was.
+            return (own or model._call_impl)(*args, **kwargs)
 
-    model._compiled_call_impl = limited
+    # An outer torch.compile goes around this call instead of into it.
+    entry: Any = torch.compiler.disable(routed, reason="rewriter has compiled this module")
+    entry.rewriter_instead_of = own
+    facts[_CALL] = entry
 
 
 def uninstall(model: nn.Module) -> Session | None:
-    """Give the model back as it was. Returns the session that it had."""
+    """Give the model back as it was. Returns the session that it had; a copy has none, but learned parameters."""
     session = _SESSIONS.pop(model, None)
     if session is not None:
         route(model, None)
-        model._modules.pop(SUBMODULE, None)
+    if isinstance(getattr(model, SUBMODULE, None), Learned):
+        del model._modules[SUBMODULE]
     return session
 
 
-def new_session(model: nn.Module, rewriter: GraphRewriter, goal: str) -> Session:
+def new_session(model: nn.Module, rewriter: GraphRewriter, goal: str, dynamic: bool | None = None) -> Session:
     """A session that is not installed yet."""
-    return Session(rewriter=rewriter, goal=goal, fingerprint=fingerprint(model))
+    return Session(rewriter=rewriter, goal=goal, fingerprint=fingerprint(model), dynamic=dynamic)

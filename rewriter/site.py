@@ -73,8 +73,12 @@ class Mask:
             kind = _KINDS.get(found[1]) if found else None
             if found is None or kind is None:
                 raise ValueError(f"not a mask: {text!r}")
-            values = [None if v.strip() == "inf" else int(v) for v in found[2].split(",")] if found[2] else []
-            mask = mask & kind(*values)
+            try:  # a wrong count or kind of values is a wrong mask
+                bounds = found[2].split(",") if found[2] else []
+                values = [None if v.strip() == "inf" and kind is SlidingWindow else int(v) for v in bounds]
+                mask = mask & kind(*values)
+            except (TypeError, ValueError) as cause:
+                raise ValueError(f"not a mask: {text!r}") from cause
         return mask
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from rewriter import plan as plan_module
 from rewriter.errors import OutputError, PlanError
-from rewriter.plan import Decision, Plan, check_model, fingerprint
+from rewriter.fingerprint import fingerprint
+from rewriter.plan import Decision, Plan, check_model
 
 
 class Model(nn.Module):

@@ -1,7 +1,7 @@
 """PyTorch's fused attention: the same mathematics in blocks, with a running softmax, without storing the scores.
 
 Flash attention (Dao et al. 2022, arXiv:2205.14135, algorithm 1): for each block of keys, with m the running maximum,
-l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + exp(s - m') v. Exact up to the order of the sums.
+total' = total exp(m - m') + sum exp(s - m') and o' = o exp(m - m') + exp(s - m') v. Exact up to the order of the sums.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ def reference(
     site: AttentionSite,
     config: Config,
 ) -> Tensor:
-    """Algorithm 1 with blocks of one key: (B, H, Sq, Dv). A query that sees no key gives zeros."""
+    """Algorithm 1 with blocks of 64 keys: (B, H, Sq, Dv). A query that sees no key gives zeros."""
     groups, (q_len, kv_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    seen = site.mask.visible(q_len, kv_len, query.device)[None, None]
+    seen = site.mask.visible(q_len, kv_len, query.device).expand(query.shape[0], 1, -1, -1)
     seen = seen if padding is None else seen & padding[:, None, None, :]
     bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, float("-inf"))
     if mask is not None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    largest = query.new_full((*query.shape[:3], 1), torch.finfo(query.dtype).min)
-    total, out = torch.zeros_like(largest), torch.zeros_like(largest)
-    for j in range(kv_len):
-        k, v = (t[:, :, j : j + 1].repeat_interleave(groups, 1) for t in (key, value))
-        score = site.scale * (query * k).sum(-1, keepdim=True) + bias[..., j : j + 1]
-        new = torch.maximum(largest, score)
-        kept, weight = (largest - new).exp(), (score - new).exp()
-        largest, total, out = new, total * kept + weight, out * kept + weight * v
-    return out / total.masked_fill(total == 0, 1.0)
+    m = query.new_full((*query.shape[:3], 1), torch.finfo(query.dtype).min)
+    total, o = torch.zeros_like(m), torch.zeros_like(m)
+    for block in torch.arange(kv_len, device=query.device).split(64):
+        k, v = (t[:, :, block].repeat_interleave(groups, 1) for t in (key, value))
+        s = site.scale * query @ k.transpose(-2, -1) + bias[..., block]
+        larger = torch.maximum(m, s.amax(-1, keepdim=True))
+        kept, p = (m - larger).exp(), (s - larger).exp()
+        m, total, o = larger, kept * total + p.sum(-1, keepdim=True), kept * o + p @ v
+    return o / total.masked_fill(total == 0, 1.0)
 
 
 def attend(
@@ -58,10 +58,12 @@ def attend(
 ) -> Tensor:
     """One fused call, with as little mask as the sizes of this call allow."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    # `is_causal` aligns the first query with the first key, our masks the last with the last.
-    causal = mask is None and padding is None and positional == Causal() and q_len == kv_len
-    if mask is None and not causal:
-        if positional != Full() and not (positional == Causal() and q_len == 1):
+    causal = False
+    if mask is None:
+        # `is_causal` aligns the first query with the first key, our masks the last with the last.
+        if positional == Causal() and padding is None and q_len == kv_len:
+            causal = True
+        elif positional != Full() and not (positional == Causal() and q_len == 1):
             mask = positional.visible(q_len, kv_len, query.device)
         if padding is not None:
             mask = padding[:, None, None, :] if mask is None else mask & padding[:, None, None, :]
@@ -73,7 +75,7 @@ def attend(
         # Unequal widths are not fused on the CPU; zeros change neither the scores nor the columns that are kept.
         query, key = (F.pad(t, (0, max(0, v_width - width))) for t in (query, key))
         value = F.pad(value, (0, max(0, width - v_width)))
-    gqa = query.shape[1] != key.shape[1]
+    gqa = bool(query.shape[1] != key.shape[1])  # also of symbolic sizes
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     return out[..., :v_width]
 

@@ -69,7 +69,7 @@ def attend(
         # Unequal widths are not fused on the CPU; zeros change neither the scores nor the columns that are kept.
         width = max(query.shape[3], v_width)
         query, key, value = (F.pad(t, (0, width - t.shape[3])) for t in (query, key, value))
-    fused = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    fused = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=bool(query.shape[1] != key.shape[1]))
     hidden, out = None, []
     if padding is not None:
         hidden = query.new_zeros(padding.shape).masked_fill_(~padding, float("-inf"))[:, None, None, :]
@@ -79,14 +79,15 @@ def attend(
         position = partial(torch.arange, device=query.device)
         keys = torch.cat([position(far), position(start, start + size)])
         age = position(first, first + rows)[:, None] - keys
-        seen = ((age < window) | (keys < sinks)) & (age >= -ahead)
+        seen = (age.abs() < window) | (keys < sinks)
+        seen = seen & (age >= 0) if causal else seen
         return query.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
     # The first queries, for which the window hides nothing.
     head = 0
     if causal and past == 0 and hidden is None:
         head = min(window + sinks, q_len)
-    elif not causal and kv_len <= window:
+    elif not causal and max(q_len, kv_len) <= window:
         head = q_len
     if head:
         stop = head if causal else kv_len
@@ -101,7 +102,7 @@ def attend(
         far, start = (sinks, first - behind) if first - behind > sinks else (0, 0)
         if start:
             count = min(max((q_len - ahead - i) // rows, 1), _TOGETHER)
-        size = min(max(first + rows + ahead, 1), kv_len) - start
+        size = min(max(first + rows + ahead, sinks, 1), kv_len) - start
         bias = None  # a single query sees all of its slice
         if q_len > 1:
             bias = band(first, rows, far, start, size) if shared is None else shared[:rows, : far + size]

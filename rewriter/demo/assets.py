@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from rewriter.cache import cache_dir
+from rewriter.convert.checkpoint import quiet
 from rewriter.errors import CheckpointError
 
 
@@ -62,6 +63,18 @@ def lm_folder() -> Path:
     for helper in ("gguf", "accelerate"):
         if importlib.util.find_spec(helper) is None:
             raise CheckpointError(f"reading {source.name} needs the package {helper}: run `pip install {helper}`")
+    # Written beside and renamed: an interrupted conversion must not look like a finished one.
+    beside = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        with quiet():
+            _convert(source, beside)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -71,15 +84,8 @@ def lm_folder() -> Path:
     plain = type(quantised)(config)
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
-    # Written beside and renamed: an interrupted conversion must not look like a finished one.
-    beside = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        plain.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def encoder_folder() -> Path:

@@ -1,4 +1,4 @@
-"""The sentence encoder: exact rewrites at once, then approximations under a bound, judged by a human's ratings."""
+"""The sentence encoder: exact rewrites at once, then approximations under a bound, judged by people's ratings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewriter.demo.assets import ENCODER_TITLE, encoder_folder, news_lines, rate
 from rewriter.demo.part import Accuracy, Advance, Part, Working, compared, report_on
 from rewriter.guard import evaluating
 
-LINES = 64
+LINES = 32
 BATCH = 8
 
 
@@ -42,13 +42,13 @@ def encoder(
         title = f"{ENCODER_TITLE}, float32; exact rewrites only"
         result = rewriter.optimize(model, example=((), text(model, lengths[0])), progress=advance)
     else:
-        title = f"{ENCODER_TITLE}, float32; cosine of the outputs may fall by {max_drop:.3g}"
+        title = f"{ENCODER_TITLE}, float32; cosine of the outputs may fall by {100 * max_drop:g}%"
         result = rewriter.optimize(model, calibration, max_drop=max_drop, time_budget=search, progress=advance)
     took = time.perf_counter() - start
     advance("task", 0, None)
     before, after = similarity(original, folder), similarity(result, folder)
     advance("timing", 0, None)
-    timings = compared(original, result, {f"{n} tokens": text(model, n) for n in lengths}, repeats=15)
+    timings = compared(original, result, {f"{n} tokens": text(model, n) for n in lengths}, budget=5.0)
     quality = Accuracy("document similarity, correlation with human ratings", before, after)
     return Part(title, report_on(result), took, timings, [quality])
 

@@ -80,14 +80,17 @@ class Part:
             console.print(f"note: {escape(note)}", highlight=False)
 
 
+REPEATS = 9
+
+
 def compared(
-    original: nn.Module, result: nn.Module, calls: Mapping[str, Mapping[str, Any]], repeats: int
+    original: nn.Module, result: nn.Module, calls: Mapping[str, Mapping[str, Any]], budget: float
 ) -> list[Timing]:
-    """Both models on each of the named calls, in alternation; medians."""
+    """Both models on each of the named calls, in alternation for at most `budget` seconds a call; medians."""
     found = []
     with evaluating(original), evaluating(result):
         for what, kwargs in calls.items():
-            times = alternate([partial(original, **kwargs), partial(result, **kwargs)], repeats=repeats)
+            times = alternate([partial(original, **kwargs), partial(result, **kwargs)], repeats=REPEATS, budget=budget)
             before, after = medians(times)
             found.append(Timing(what, before, after))
     return found

@@ -103,8 +103,9 @@ def timing_table(timings: Iterable[Timing]) -> Table:
     """Original, result and their ratio."""
     table = _table("", "original", "result", "ratio", right=1)
     for timing in timings:
-        _row(table, timing.what, _amount(timing.original, timing.unit), _amount(timing.result, timing.unit),
-             f"{timing.ratio:.2f}x")  # fmt: skip
+        scale, unit = _scale(max(timing.original, timing.result), timing.unit)
+        before, after = (f"{value * scale:,.4g} {unit}" for value in (timing.original, timing.result))
+        _row(table, timing.what, before, after, f"{timing.ratio:.2f}x")
     return table
 
 
@@ -130,10 +131,11 @@ def outcome(report: Report) -> str:
     return f"{number} of {len(report.sites)} attentions replaced{': ' if gains else ''}{', '.join(gains)}."
 
 
-def _amount(value: float, unit: str) -> str:
+def _scale(largest: float, unit: str) -> tuple[float, str]:
+    """One unit for both numbers of a line."""
     if unit == "bytes":
-        return f"{value / 1e6:,.1f} MB"
-    return f"{value / 1e3:.2f} s" if unit == "ms" and value >= 1e4 else f"{value:.4g} {unit}"
+        return 1e-6, "MB"
+    return (1e-3, "s") if unit == "ms" and largest >= 1e4 else (1.0, unit)
 
 
 def _table(*columns: str, right: int | None = None) -> Table:

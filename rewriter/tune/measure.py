@@ -76,6 +76,7 @@ class SiteBench:
         self._original = region.module(sizes)
         self._values = region.values(sizes)
         self._operands = region.operands(self._values, keep_mask=False)
+        self.site = region.match.site
 
     def original(self) -> Any:
         """Run the model's own code once."""

@@ -12,27 +12,26 @@ import torch
 from torch import nn
 
 from rewriter.backend import GraphRewriter, Inner
+from rewriter.calibration import batches_from, check_batches, split
 from rewriter.capture import compiled, module_names
 from rewriter.errors import CalibrationError, GuardError
 from rewriter.guard import (
     Verdict,
-    batches_from,
-    check_batches,
     evaluate,
     evaluating,
     judge,
     measure_original,
     model_tolerance,
+    outputs_of,
     relative_rms,
-    split,
-)  # fmt: skip
+)
 from rewriter.metrics import Batch, primary, resolve_metric
 from rewriter.report import Timing
-from rewriter.select import Selector
+from rewriter.select import Selector, brief
 from rewriter.session import Session, install, new_session, route, uninstall
 from rewriter.site import Causal
 from rewriter.tune.measure import alternate, medians, peak_memory
-from rewriter.tune.search import Deadline, Progress, Tuning, no_attention
+from rewriter.tune.search import Deadline, Progress, Tuning, measured, no_attention
 from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
 
@@ -56,8 +55,8 @@ class Request:
 
     def installed(self, model: nn.Module, selector: Selector) -> Session:
         """The model with a selector's choices in place."""
-        session = new_session(model, GraphRewriter(selector, inner=self.inner), self.goal)
-        install(model, session, dynamic=self.dynamic)
+        session = new_session(model, GraphRewriter(selector, inner=self.inner), self.goal, self.dynamic)
+        install(model, session)
         return session
 
     def finished(self, session: Session, verdict: Verdict | None = None, timing: Timing | None = None) -> Session:
@@ -108,8 +107,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     search_half, held_out = split(batches, request.seed)
     slots = SlotRewriter(None, names=module_names(model))
     tuning = Tuning(model, slots, request.goal, request.allowed, request.deadline, request.progress)
-    with evaluating(model):
-        outputs = model(*search_half[0].args, **search_half[0].kwargs)
+    outputs = outputs_of(model, search_half[0], 0)
     through_slots = compiled(model, slots)
     route(model, through_slots)
     tuning.capture(search_half)
@@ -140,9 +138,9 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
             continue
         session = request.installed(model, selector)
         exact = all(d.fidelity == "exact" for d in decisions)
-        found = evaluate(metric, model, held_out, references)
-        verdict = judge(on_held_out, found, request.max_drop, exact=dtype if exact else None)
-        if verdict.held:
+        found = measured(metric, model, held_out, references)
+        verdict = judge(on_held_out, found, request.max_drop, exact=dtype if exact else None) if found else None
+        if verdict is not None and verdict.held:
             timing = _timing(model, held_out[0], request)
             if timing.ratio >= 1:
                 return request.finished(session, verdict, timing)
@@ -168,8 +166,12 @@ def _given_up(
         path: dataclasses.replace(d, variant=ORIGINAL, config={}, fidelity="exact", reason=f"left as it is: {reason}")
         for path, d in selector.decisions.items()
     }
-    uninstall(model)
+    before = uninstall(model)
     session = request.installed(model, dataclasses.replace(selector, decisions=kept, modules={}, allowed=frozenset()))
+    if before is not None:  # What was found stays found.
+        session.rewriter.sites |= before.rewriter.sites
+        session.rewriter.refusals += before.rewriter.refusals
+        session.rewriter.graphs = before.rewriter.graphs
     session.report.notes.append(f"left as it is: {reason}")
     if timing is not None:
         session.report.notes.append(f"the rewritten model took {timing.result:.4g} {timing.unit}, the original less")
@@ -185,7 +187,9 @@ def _example(model: nn.Module, example: Any) -> Batch | None:
             with evaluating(model):
                 primary(model(*batches[0].args, **batches[0].kwargs))
         except Exception as cause:
-            raise CalibrationError(f"the model fails on the example ({cause}); give inputs that it accepts") from cause
+            raise CalibrationError(
+                f"the model fails on the example ({brief(cause)}); give inputs that it accepts"
+            ) from cause
         return batches[0]
     offered = getattr(model, "dummy_inputs", None)
     if not isinstance(offered, dict):

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import NoAttentionError
-from rewriter.guard import drop, evaluate, evaluating, relative_rms
+from rewriter.backend import GraphRewriter
+from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAttentionError
+from rewriter.guard import Measurement, drop, evaluate, evaluating, relative_rms
 from rewriter.metrics import Batch, Metric
 from rewriter.plan import Decision
 from rewriter.raising import Operands
 from rewriter.recover import fit
 from rewriter.region import Region
-from rewriter.select import WORTH_IT, bench, candidates
+from rewriter.select import WORTH_IT, bench, candidates, working
 from rewriter.site import AttentionSite
 from rewriter.target import Target
 from rewriter.tune.slots import SlotRewriter, Switches, detached, standing_in
@@ -33,18 +34,20 @@ _MARGIN = 0.9
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
 _MOST_SAMPLES = 2
 """Batches kept for fitting a learned variant at a site."""
+_UNKNOWN = {"exact": 0.0, "approximate": float("inf"), "learned": float("inf")}
+"""The local error of a candidate that was not run on data."""
 Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass
 class Candidate:
-    """One way to compute one site, built. `cost` in the goal's unit; `error` is its local relative error."""
+    """One way to compute one site, built. `cost` in the goal's unit; `error` is local and relative, once measured."""
 
     variant: Variant
     config: Config
     implementation: Implementation
     cost: float
-    error: float = 0.0
+    error: float
 
 
 @dataclass
@@ -58,8 +61,12 @@ class SiteChoices:
     refused: dict[str, str]
 
     def best(self, threshold: float) -> Candidate | None:
-        """The cheapest candidate whose local error is below the threshold; None is the original code."""
-        allowed = [c for c in self.others if c.error <= threshold] + ([self.exact] if self.exact else [])
+        """The cheapest candidate whose local error is within the threshold; None is the original code.
+
+        At 0 nothing but exact candidates: a local error of 0 on some data does not make one exact.
+        """
+        allowed = [c for c in self.others if threshold > 0 and c.error <= threshold]
+        allowed += [self.exact] if self.exact else []
         return min(allowed, key=lambda c: c.cost, default=None)
 
 
@@ -108,16 +115,16 @@ class Tuning:
 
     def measure_sites(self) -> None:
         """Time the candidates of every site; equal sites once."""
-        measured: dict[str, tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]] = {}
+        known: dict[str, tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]] = {}
         for number, (path, region) in enumerate(self.slots.regions.items()):
             self.progress("measure sites", number, len(self.slots.regions))
             identity = region.identity()
-            if identity not in measured:
-                measured[identity] = self._measure(region)
-            costs, found, refused = measured[identity]
+            if identity not in known:
+                known[identity] = self._measure(region)
+            costs, found, refused = known[identity]
             site = region.match.site
             built = [
-                Candidate(variant, config, _built(variant, site, config), cost)
+                Candidate(variant, config, _built(variant, site, config), cost, _UNKNOWN[variant.fidelity])
                 for (variant, config), cost in zip(found, costs[1:], strict=True)
             ]
             self.choices[path] = _choices(site, costs[0], built, dict(refused))
@@ -130,8 +137,10 @@ class Tuning:
         fidelities = {"exact", "approximate"} | ({"learned"} if self.allowed is not None else set())
         found, refused = candidates(sized, Target.current(site.device), self.allowed, frozenset(fidelities))
         trial = bench(region)
-        implementations = [_built(variant, site, config) for variant, config in found]
-        return trial.compare(implementations, goal=self.goal, budget=_SECONDS_A_KEY), found, refused
+        built = working(trial, found, refused)
+        budget = min(_SECONDS_A_KEY, max(self.deadline.left / 4, 0.0))
+        costs = trial.compare([implementation for _, _, implementation in built], goal=self.goal, budget=budget)
+        return costs, [(variant, config) for variant, config, _ in built], refused
 
     def measure_errors(self, batches: Sequence[Batch]) -> None:
         """The local error of what is not exact, on the original's own activations. Fits learned variants first."""
@@ -147,8 +156,12 @@ class Tuning:
         def compare(site: AttentionSite, operands: Operands, out: Tensor) -> None:
             choices = self.choices.get(site.path)
             for candidate in choices.others if choices is not None else ():
-                actual = standing_in(self.slots.regions[site.path].match, candidate.implementation, operands)
-                sums.setdefault(id(candidate), []).append(relative_rms(actual, out))
+                match = self.slots.regions[site.path].match
+                try:
+                    found = relative_rms(standing_in(match, candidate.implementation, operands), out)
+                except Exception:  # It worked at the size that was timed, and not at this one.
+                    found = float("inf")
+                sums.setdefault(id(candidate), []).append(found)
 
         if any(c.variant.fidelity == "learned" for choices in self.choices.values() for c in choices.others):
             self._observe(batches[:_MOST_SAMPLES], collect, "collect activations")
@@ -186,8 +199,8 @@ class Tuning:
 
     def thresholds(self) -> list[float]:
         """The local errors at which the plan changes, ascending; 0 is the exact plan."""
-        errors = {c.error for choices in self.choices.values() for c in choices.others if c.error < float("inf")}
-        return [0.0, *sorted(errors)]
+        errors = (c.error for choices in self.choices.values() for c in choices.others if c.error < float("inf"))
+        return [0.0, *sorted({max(error, 1e-30) for error in errors})]
 
     def search(
         self, metric: Metric, original: Any, batches: Sequence[Batch], references: Sequence[Tensor], bound: float
@@ -201,13 +214,8 @@ class Tuning:
             self.progress("search", steps, max(1, len(levels).bit_length()))
             start = time.monotonic()
             self.place(levels[middle])
-            try:
-                found = evaluate(metric, self.model, batches, references)
-                within = drop(metric, original, found) <= _MARGIN * bound
-            except Exception as error:
-                if not _is_metric_error(error):
-                    raise
-                within = False  # Not a number: as far outside the bound as can be.
+            found = measured(metric, self.model, batches, references)
+            within = found is not None and drop(metric, original, found) <= _MARGIN * bound
             self.seconds_a_batch = (time.monotonic() - start) / len(batches)
             steps += 1
             if within:
@@ -231,14 +239,23 @@ class Tuning:
         }
 
 
-def _is_metric_error(error: Exception) -> bool:
-    from rewriter.errors import MetricError
+def measured(
+    metric: Metric, model: nn.Module, batches: Sequence[Batch], references: Sequence[Tensor]
+) -> Measurement | None:
+    """The metric of a candidate; None where it crashes or gives no number, which is as bad as can be."""
+    try:
+        return evaluate(metric, model, batches, references)
+    except (MetricError, CalibrationError):
+        return None
 
-    return isinstance(error, MetricError)
 
-
-def no_attention(seen: Any) -> NoAttentionError:
-    """The error for a model without attention, with the nearest miss."""
+def no_attention(seen: GraphRewriter) -> CaptureError | NoAttentionError:
+    """The error for a model without attention, with the nearest miss; or one that torch.compile sees nothing of."""
+    if not seen.graphs:
+        return CaptureError(
+            "torch.compile captures nothing of this model, which is TorchScript, kept out by torch.compiler.disable, "
+            "or computes nothing; give the module as it was written"
+        )
     if seen.refusals:
         return NoAttentionError(
             f"no attention in this model could be taken; the nearest was {seen.refusals[0]}; see rewriter.explain"

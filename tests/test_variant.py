@@ -1,0 +1,74 @@
+"""Variants are found: the files of kernels/, and what a program registers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import rewriter.kernels
+from rewriter import variant as module
+from rewriter.errors import OptionError
+from rewriter.variant import ORIGINAL, Variant, modules_of, register, unregister, variants
+
+
+@pytest.fixture
+def mine() -> Iterator[Variant]:
+    yield replace(variants()["sdpa"], name="mine")
+    unregister("mine")
+
+
+def test_every_file_is_a_variant_of_its_name(root: Path) -> None:
+    files = sorted(file.stem for file in (root / "kernels").rglob("*.py"))
+    assert list(variants()) == files
+    assert {ORIGINAL, "sdpa", "sliding_window", "linear"} <= set(files)
+    for found in modules_of(rewriter.kernels):
+        assert found.VARIANT.name == found.__name__.rpartition(".")[2]
+        assert found.VARIANT is variants()[found.VARIANT.name]
+        assert found.__doc__ and "arXiv:" in found.VARIANT.paper
+
+
+def test_a_new_file_is_found_without_another_edit(tmp_path: Path, root: Path) -> None:
+    file = tmp_path / "exact" / "added.py"
+    file.parent.mkdir()
+    file.write_text((root / "kernels/exact/sdpa.py").read_text().replace('name="sdpa"', 'name="added"'))
+    program = f"import rewriter.kernels as k; k.__path__ = [*k.__path__, {str(tmp_path)!r}]\n"
+    program += "import rewriter.kernels.exact as e; e.__path__ = [*e.__path__, k.__path__[-1] + '/exact']\n"
+    program += "from rewriter.variant import variants; print(*variants())"
+    run = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert "added" in run.stdout.split(), run.stderr
+
+
+def test_register_and_unregister(mine: Variant) -> None:
+    assert register(mine) is mine
+    assert variants()["mine"] is mine
+    unregister("mine")
+    assert "mine" not in variants()
+    unregister("mine")  # nothing to take back
+
+
+def test_a_name_is_taken_once(mine: Variant) -> None:
+    register(mine)
+    for taken in (mine, variants()["sdpa"]):
+        with pytest.raises(OptionError, match=f"'{taken.name}' exists already"):
+            register(taken)
+
+
+def test_unregister_leaves_the_files_alone() -> None:
+    unregister("sdpa")
+    assert "sdpa" in variants()
+
+
+def test_other_packages_join_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = importlib.metadata.EntryPoint("other", "rewriter.kernels.exact.sdpa:VARIANT", "rewriter.variants")
+    monkeypatch.setattr(module.importlib.metadata, "entry_points", lambda group: [entry])
+    module._discovered.cache_clear()
+    try:
+        assert variants()["other"] is variants()["sdpa"]
+    finally:
+        module._discovered.cache_clear()
