@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.pattern import Answer, Pattern, Reading, argument, is_call
+from rewriter.pattern import Answer, Pattern, Reading, argument, constant, is_call
+from rewriter.site import Refusal
 
 _ATEN = torch.ops.aten
 
@@ -15,8 +16,12 @@ def weight(node: fx.Node, weights: fx.Node, reading: Reading) -> Answer:
     """weights -> dropped weights."""
     if not is_call(node, _ATEN.dropout, _ATEN.dropout_, _ATEN.feature_dropout):
         return None
-    if argument(node, "train"):
-        reading.dropout_p = float(argument(node, "p"))
+    probability = constant(argument(node, "p")) if argument(node, "train") else 0.0
+    if probability is None:
+        return Refusal("the probability of the dropout is not a number")
+    if probability and (reading.dropout_p or is_call(node, _ATEN.feature_dropout)):
+        return Refusal("the weights are dropped twice, or by whole heads")
+    reading.dropout_p = reading.dropout_p or probability
     return node
 
 

@@ -62,7 +62,7 @@ def _hidden(node: fx.Node, reading: Reading, kind: Any, scores: Any, mask: Any, 
     if not isinstance(mask, fx.Node) or not isinstance(scores, fx.Node):
         return None
     number = constant(fill)
-    if number is None or number > _HIDDEN:
+    if number is None or number > _HIDDEN or number * reading.scale > _HIDDEN / 32:
         return Refusal(f"hidden scores become {number if number is not None else fill}, which does not hide them")
     if value_of(scores).shape != value_of(node).shape:
         return Refusal("the mask is larger than the scores")

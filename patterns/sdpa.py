@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.pattern import Answer, MaskTerm, Operand, Pattern, Reading, argument, is_call, is_number, value_of
+from rewriter.pattern import Answer, MaskTerm, Operand, Pattern, Reading, argument, constant, fixed, is_call, value_of
 from rewriter.site import Refusal
 
 
@@ -19,17 +19,16 @@ def call(node: fx.Node, reading: Reading) -> Answer:
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
     scale = argument(node, "scale")
     if scale is None:
-        width = value_of(query).shape[-1]
-        if not isinstance(width, int):
-            return Refusal("the head size is symbolic, so the default scale is not a number")
-        scale = 1 / math.sqrt(width)
-    if not is_number(scale):
-        return Refusal("the scale is not a number")
+        width = fixed(value_of(query).shape[-1])
+        scale = 1 / math.sqrt(width) if width else None
+    scale, dropout_p = constant(scale), constant(argument(node, "dropout_p"))
+    if scale is None or dropout_p is None:
+        return Refusal("the scale or the probability of the dropout is not a number")
     reading.query, reading.key = Operand("query", query), Operand("key", key)
     reading.value = Operand("value", value)
     reading.scale *= scale
     reading.causal = bool(argument(node, "is_causal"))
-    reading.dropout_p = float(argument(node, "dropout_p"))
+    reading.dropout_p = dropout_p
     reading.spelling = "sdpa"
     mask = argument(node, "attn_mask")
     if mask is not None and reading.causal:

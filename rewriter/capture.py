@@ -17,9 +17,9 @@ import torch.fx.traceback
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._guards import TracingContext, detect_fake_mode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter.errors import CaptureError, RewriterError
+from rewriter.retrace import NotCallByCall, call_by_call, whole
 
 Graph = fx.GraphModule
 Backend = Callable[[Graph, Sequence[Any]], Callable[..., Any]]
@@ -38,11 +38,12 @@ def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
         is_real = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
         return mode.from_tensor(value) if is_real else value
 
-    def run(*inputs: Any) -> Any:
-        return fx.Interpreter(gm).run(*inputs)
-
+    fakes = [fake(value) for value in example_inputs]
     with mode, torch.fx.traceback.preserve_node_meta():
-        graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*map(fake, example_inputs))
+        try:
+            graph = call_by_call(gm, fakes, mode)
+        except NotCallByCall:
+            graph = whole(gm, fakes)
     for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         node.meta["is_parameter"] = isinstance(example, nn.Parameter)
     return graph
@@ -52,18 +53,24 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
     """The graph of an exported program, which is pre-dispatch ATen already, with its parameters as attributes."""
     gm = program.module()
     assert isinstance(gm, Graph)
+    # They only repeat the types that the export saw, and would count as uses of what they look at.
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(node)
+    state = {name for name, _ in (*program.named_parameters(), *program.named_buffers())}
     for node in gm.graph.find_nodes(op="get_attr"):
         held: Any = gm
         for name in str(node.target).split("."):
             held = getattr(held, name)
         node.meta["is_parameter"] = isinstance(held, nn.Parameter)
+        node.meta["is_state"] = node.target in state
         if isinstance(held, torch.Tensor):
             node.meta.setdefault("val", held)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
         value, probability, training = node.args
         if not training or probability == 0:  # Re-tracing leaves it out; as a random operator it is never dead code.
-            node.replace_all_uses_with(value)  # type: ignore[arg-type]
+            node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
+    gm.recompile()
     return gm
 
 
@@ -72,13 +79,32 @@ def module_names(model: nn.Module) -> dict[str, str]:
     return {str(id(module)): name for name, module in model.named_modules()}
 
 
-def site_path(node: fx.Node, names: Mapping[str, str]) -> str:
-    """The qualified name of the innermost module whose forward made this node ("" for the root)."""
+def site_path(node: fx.Node, names: Mapping[str, str], frame: str = "") -> str:
+    """The qualified name of the innermost module whose forward made this node ("" for the root).
+
+    `frame` is the name of the module whose forward the graph is of, which the node's own stack leaves out.
+    """
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
     for key, (path, *_) in reversed(list(stack.items())):
         known = names.get(str(key).partition("@")[0])
-        return known if known is not None else re.sub(r"^L\[\W*\w+\W*\]\.?", "", path)
+        return known if known is not None else ".".join(filter(None, (frame, _in_frame(path))))
+    return frame
+
+
+def frame_path(gm: Graph, names: Mapping[str, str]) -> str:
+    """The name of the module whose forward a graph is of: after a graph break the forwards further down have graphs of
+    their own.
+    """
+    for node in gm.graph.nodes:
+        for key, (path, *_) in (node.meta.get("nn_module_stack") or {}).items():
+            known, inner = names.get(str(key).partition("@")[0], ""), _in_frame(path)
+            if inner and f".{known}".endswith(f".{inner}"):
+                return known.removesuffix(inner).removesuffix(".")
     return ""
+
+
+def _in_frame(path: str) -> str:
+    return re.sub(r"^L\[\W*\w+\W*\]\.?", "", path)
 
 
 def source_line(node: fx.Node) -> str:

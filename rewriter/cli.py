@@ -7,25 +7,21 @@ one line on stderr and an exit status: 2 for bad input, 1 for a guard that faile
 from __future__ import annotations
 
 import inspect
-import json
-import logging
-import math
 import re
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from rewriter import debug
 from rewriter.errors import GuardError, OptionError, RewriterError
+from rewriter.terminal import Document, as_text, calm, progress, stdout
 
 app = typer.Typer(
     help="Finds every attention in a PyTorch model and replaces it by efficient variants, under an accuracy guard.",
@@ -33,9 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Document = dict[str, Any]
-Advance = Callable[[str, int, int | None], None]
 
 
 class Goal(StrEnum):
@@ -242,60 +235,6 @@ def _file_of(function: Callable[..., Any]) -> str:
         return str(Path(inspect.getsourcefile(inspect.unwrap(function)) or "?").resolve())
     except TypeError:
         return "?"
-
-
-def stdout() -> Console:
-    """Where results go: as wide as the terminal, or 100 columns where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 100)
-
-
-@contextmanager
-def progress() -> Iterator[Advance]:
-    """Transient bars on stderr, one a stage; nothing where stderr is not a terminal."""
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    tasks: dict[str, TaskID] = {}
-
-    def advance(stage: str, done: int, total: int | None = None) -> None:
-        if stage not in tasks:
-            for earlier in tasks.values():
-                bars.update(earlier, visible=False)
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done, total=total, visible=True)
-
-    with bars:
-        yield advance
-
-
-def as_text(document: Document) -> str:
-    """Strict JSON: a number that is not finite becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(document), indent=2, allow_nan=False)
-
-
-@contextmanager
-def calm() -> Iterator[None]:
-    """No warnings and no log lines of torch inside, unless debugging: what matters is in the report."""
-    if debug.level() > 0:
-        yield
-        return
-    log = logging.getLogger("torch")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,9 +14,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from rewriter.capture import Graph, site_path, source_line
+from rewriter.capture import Graph, frame_path, site_path, source_line
 from rewriter.masks import MaskReading, read_mask
-from rewriter.pattern import Answer, Operand, Reading, comes_from_product, is_parameter, patterns, value_of
+from rewriter.pattern import (
+    Answer,
+    MaskTerm,
+    Operand,
+    Reading,
+    comes_from_product,
+    fixed,
+    is_parameter,
+    patterns,
+    value_of,
+)
 from rewriter.proof import Proof
 from rewriter.raising import Match
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
@@ -41,13 +51,14 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None) -> Detection:
     `names` maps str(id(module)) to the module's qualified name (see `capture.module_names`).
     """
     found, proof, masks = Detection(), Proof(), dict[tuple[fx.Node, bool], MaskReading]()
+    frame = frame_path(gm, names or {})
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         read = _read_anchor(node)
         if read is None:
             continue
-        path = site_path(node, names or {})
+        path = site_path(node, names or {}, frame)
         match = read if isinstance(read, Refusal) else _match(*read, path, masks)
         refusal = match if isinstance(match, Refusal) else proof.check(match)
         if refusal is not None:
@@ -202,13 +213,16 @@ def _match(
         return Refusal(f"queries, keys and values of types {query.dtype}, {key.dtype} and {value.dtype}")
     if any(is_parameter(side.node) for side in (reading.key, reading.value)):
         return Refusal("the keys or values are parameters, which makes this a linear layer")
-    heads, kv_heads = (1, 1) if query.dim() == 3 else (_static(query.shape[1]), _static(key.shape[1]))
+    heads, kv_heads, v_heads = (1, 1, 1) if query.dim() == 3 else (fixed(t.shape[1]) for t in (query, key, value))
     kv_axis = -1 if reading.key.transposed else -2
-    width, value_width = _static(query.shape[-1]), _static(value.shape[-1])
-    if heads is None or kv_heads is None or width is None or value_width is None:
+    width, value_width = fixed(query.shape[-1]), fixed(value.shape[-1])
+    if None in (heads, kv_heads, v_heads, width, value_width):
         return Refusal("the number of heads or the head size is symbolic")
-    if heads % kv_heads:
-        return Refusal(f"{heads} query heads cannot share {kv_heads} key heads")
+    if heads % kv_heads or kv_heads != v_heads:
+        return Refusal(f"{heads} query heads cannot share {kv_heads} key heads and {v_heads} value heads")
+    batches = [str(t.shape[0]) for t in (query, key, value)]  # as text, because a comparison would be guarded
+    if len(set(batches)) > 1:
+        return Refusal(f"queries, keys and values of batch {', '.join(batches)}")
     q_len, kv_len = query.shape[-2], key.shape[kv_axis]
     structure = _call_structure(reading, q_len, kv_len)
     if isinstance(structure, Refusal):
@@ -219,7 +233,8 @@ def _match(
         place = (term.node, term.kind != "drop")
         if place not in masks:
             masks[place] = read_mask(*place) if query.dim() == 4 else MaskReading(Dense())
-        mask = MaskReading(structure & masks[place].mask, masks[place].padding)
+        found = masks[place] if _hides_exactly(term, masks[place]) else MaskReading(Dense())
+        mask = MaskReading(structure & found.mask, found.padding)
     elif reading.terms:
         mask = MaskReading(structure & Dense())
     site = AttentionSite(
@@ -241,6 +256,17 @@ def _match(
         source=source_line(output),
     )
     return Match(site=site, reading=reading, output=output, padding=mask.padding)
+
+
+def _hides_exactly(term: MaskTerm, found: MaskReading) -> bool:
+    """Does the term do to the scores what the mask says? A query that sees no key gives 0 there; a finite number in
+    place of its scores gives an even mixture of the values. A scale above an additive mask may bring it back into view.
+    """
+    finite = term.kind == "add" or term.fill != float("-inf")
+    return not (found.blind and finite) and term.factor >= _LEAST_FACTOR
+
+
+_LEAST_FACTOR = 1 / 32
 
 
 def _call_structure(reading: Reading, q_len: int | torch.SymInt, kv_len: int | torch.SymInt) -> Mask | Refusal:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rewriter.capture import Graph
-from rewriter.raising import Raised
+from rewriter.pattern import is_call, value_of
+from rewriter.raising import Match, Raised
+from rewriter.region import hint
 from rewriter.site import AttentionSite
 from rewriter.variant import Implementation
 
@@ -19,16 +21,18 @@ _ATEN = torch.ops.aten
 class Lowered(nn.Module):
     """An implementation where it stands in the graph. One with parameters is a submodule, so that they are trained."""
 
-    def __init__(self, implementation: Implementation, site: AttentionSite, contiguous: bool = False) -> None:
+    def __init__(
+        self, implementation: Implementation, site: AttentionSite, axes: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         self.implementation: Callable[..., Tensor] = implementation
-        self.contiguous = contiguous
+        self.axes = axes
         self.site = site
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """(B, H, Sq, Dv), with the strides that the following nodes rely on."""
         out = self.implementation(query, key, value, mask, padding)
-        return out.contiguous() if self.contiguous else out
+        return out if self.axes is None else laid_out(out, self.axes)
 
     def extra_repr(self) -> str:
         """The site, for printed graphs."""
@@ -42,43 +46,59 @@ def lower(gm: Graph, raised: list[Raised], chosen: Mapping[str, Implementation |
         if implementation is None:
             place.give_back()
         else:
-            call_module(
-                gm, place, Lowered(implementation, place.match.site, needs_strides(place)), f"attention_{number}"
-            )
-    return clean(gm)
+            axes = memory_order(place.match) if needs_strides(place) else None
+            call_module(gm, place, Lowered(implementation, place.match.site, axes), f"attention_{number}")
+    # Dropout and changes in place count as effects, but these only served what was replaced.
+    replaced = [place.original for place in raised if chosen.get(place.match.site.path) is not None]
+    return clean(gm, frozenset().union(*replaced))
 
 
-def call_module(gm: Graph, place: Raised, module: nn.Module, name: str, extra: tuple[fx.Node, ...] = ()) -> fx.Node:
-    """Replace the canonical call by a call of `module` with its tensor arguments and the `extra` ones."""
+def call_module(gm: Graph, place: Raised, module: nn.Module, name: str) -> fx.Node:
+    """Replace the canonical call by a call of `module` with its tensor arguments."""
     gm.add_submodule(name, module)
     with gm.graph.inserting_before(place.call):
-        node = gm.graph.call_module(name, (*place.call.args[:5], *extra))
+        node = gm.graph.call_module(name, place.call.args[:5])
     node.meta = dict(place.call.meta)
     place.call.replace_all_uses_with(node)
     return node
 
 
-def clean(gm: Graph) -> Graph:
-    """Remove dead code and regenerate the forward."""
-    gm.graph.eliminate_dead_code()
+def clean(gm: Graph, replaced: frozenset[fx.Node] = frozenset()) -> Graph:
+    """Remove dead code, that among `replaced` even where it has effects, and regenerate the forward."""
+    gm.graph.eliminate_dead_code((lambda node: node not in replaced and node.is_impure()) if replaced else None)
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
 def needs_strides(place: Raised) -> bool:
-    """Does a `view` follow, through permutations only? It was captured for the strides of the original output."""
+    """Does a `view` follow, through views only? It was captured for the strides of the original output."""
     todo: list[fx.Node] = [place.result]
     while todo:
         for user in todo.pop().users:
-            if user.target in (_ATEN.view.default, _ATEN.as_strided.default):
+            if is_call(user, _ATEN.view, _ATEN.as_strided):
                 return True
-            if user.target in _RESTRIDED:
+            if is_call(user, *_KEEP_STRIDES):
                 todo.append(user)
     return False
 
 
-_RESTRIDED: set[Any] = {
-    _ATEN.transpose.int, _ATEN.permute.default, _ATEN.squeeze.dim, _ATEN.unsqueeze.default, _ATEN.slice.Tensor,
-    _ATEN.select.int, _ATEN.dropout.default,
-}  # fmt: skip
+def memory_order(match: Match) -> tuple[int, ...]:
+    """The axes of the canonical output from the outermost in memory to the innermost, as the original had them."""
+    strides = [hint(stride) for stride in value_of(match.output).stride()]
+    if len(strides) != 4 or None in strides:
+        return (0, 1, 2, 3)
+    return tuple(sorted(range(4), key=strides.__getitem__, reverse=True))
+
+
+def laid_out(out: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The same values, dense in memory, with the axes in this order."""
+    return out.permute(axes).contiguous().permute([axes.index(axis) for axis in range(len(axes))])
+
+
+_KEEP_STRIDES = (
+    _ATEN.transpose, _ATEN.permute, _ATEN.mT, _ATEN.swapaxes, _ATEN.movedim, _ATEN.squeeze, _ATEN.unsqueeze,
+    _ATEN.slice, _ATEN.select, _ATEN.split, _ATEN.chunk, _ATEN.unbind, _ATEN.expand, _ATEN.dropout, _ATEN.to,
+    _ATEN.mul, _ATEN.div, _ATEN.add, _ATEN.sigmoid, operator.getitem,
+)  # fmt: skip
+"""Views, and what gives its result the strides of its argument."""

@@ -15,11 +15,13 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from rewriter.pattern import constant, is_call, patterns, value_of
+from rewriter.pattern import constant, is_call, patterns, storage, value_of, written
 from rewriter.site import Causal, Dense, Full, Mask, Padding, SlidingWindow
 
 _MOST_ELEMENTS = 1 << 28
 """No mask larger than this is evaluated (bool elements)."""
+_MOST_TOKENS = 1 << 20
+"""No number in a mask above this is taken for a number of tokens."""
 
 _ATEN = torch.ops.aten
 _LIKE = (_ATEN.new_ones, _ATEN.new_zeros, _ATEN.new_full)
@@ -31,6 +33,8 @@ class MaskReading:
 
     mask: Mask
     padding: fx.Node | None = None
+    blind: bool = False
+    """Does the positional part hide every key from some query?"""
 
 
 def read_mask(node: fx.Node, keep: bool = True) -> MaskReading:
@@ -43,15 +47,25 @@ def read_mask(node: fx.Node, keep: bool = True) -> MaskReading:
     others = [leaf for leaf in leaves if leaf not in positional]
     if any(value_of(leaf).dtype != torch.bool for leaf, _ in leaves) or len(others) > 1:
         return dense
-    structure = _classify_all(positional) if positional else Full()
+    order = _upstream([leaf for leaf, _ in leaves])
+    if _changed_aside(order):
+        return dense
+    structure, blind = _classify_all(positional) if positional else (Full(), False)
     if structure is None:
         return dense
     if not others:
-        return MaskReading(structure)
+        return MaskReading(structure, blind=blind)
     leaf, polarity = others[0]
     if not polarity or not _is_padding(leaf):
         return dense
-    return MaskReading(structure & Padding(), leaf)
+    return MaskReading(structure & Padding(), leaf, blind)
+
+
+def _changed_aside(order: list[fx.Node]) -> bool:
+    """Is one of these tensors changed in place through a view, unseen by those who read it?"""
+    own, known = {storage(node) for node in order} - {None}, set(order)
+    graph = order[0].graph.nodes if order else ()
+    return any(node not in known and own & {storage(target) for target in written(node)} for node in graph)
 
 
 def _patterns_factors(node: fx.Node) -> list[tuple[fx.Node, bool]] | None:
@@ -98,7 +112,7 @@ def _upstream(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _is_positional(node: fx.Node) -> bool:
-    """Made from nothing but `arange`, constants and sizes?"""
+    """Made from nothing but `arange`, constants and sizes, without chance?"""
     todo, seen = [node], {node}
     while todo:
         current = todo.pop()
@@ -106,38 +120,57 @@ def _is_positional(node: fx.Node) -> bool:
             continue
         if current.op == "placeholder" or (current.op == "get_attr" and constant(current) is None):
             return False
+        if torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
+            return False
         todo += [source for source in _sources(current) if source not in seen]
         seen.update(_sources(current))
     return True
 
 
-def _classify_all(leaves: list[tuple[fx.Node, bool]]) -> Mask | None:
-    """The conjunction of positional factors, from its values at every size that is tried."""
+def _classify_all(leaves: list[tuple[fx.Node, bool]]) -> tuple[Mask | None, bool]:
+    """The conjunction of positional factors, and whether it hides every key from some query.
+
+    It is classified from its values at the largest sizes, where every window shows, and must agree with them at others.
+    """
     nodes = [leaf for leaf, _ in leaves]
     order = _upstream(nodes)
     found: Mask | None = None
+    blind = False
     for sizes in _size_assignments(order):
         try:
             values = _evaluate(order, sizes)
-        except (RuntimeError, _TooLarge):
-            return None
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError, _TooLarge):
+            return None, False
         seen = torch.ones((), dtype=torch.bool)
         for leaf, polarity in leaves:
             seen = seen & (values[leaf] if polarity else ~values[leaf])
+        seen = _only(seen)
         mask = classify(seen)
-        if mask is None or (found is not None and mask != found):
-            return None
-        found = mask
-    return found
+        found = mask if found is None else found
+        if mask is None or found is None or not (mask == found or _agrees(found, seen)):
+            return None, False
+        blind = blind or not bool(seen.any(-1).all())
+    return found, blind
+
+
+def _agrees(mask: Mask, seen: Tensor) -> bool:
+    return seen.dim() == 2 and torch.equal(mask.visible(seen.shape[0], seen.shape[1], seen.device), seen)
+
+
+def _only(visible: Tensor) -> Tensor:
+    """bool[Sq, Skv] where the batches and heads in front are all alike."""
+    if visible.dim() <= 2:
+        return visible
+    flat = visible.flatten(0, -3)
+    return flat[0] if bool((flat == flat[:1]).all()) else visible
 
 
 def classify(visible: Tensor) -> Mask | None:
-    """The positional mask with these values, bool[..., Sq, Skv]; None if it is no band of ages."""
-    if visible.dim() < 2 or (visible.dim() > 2 and visible.shape[:-2].numel() != 1):
-        return Full() if bool(visible.all()) else None
-    visible = visible.reshape(visible.shape[-2:])
+    """The positional mask with these values, bool[Sq, Skv]; None if it is no band of ages."""
     if bool(visible.all()):
         return Full()
+    if visible.dim() != 2:
+        return None
     q_len, kv_len = visible.shape
     count = visible.sum(-1)
     shown = count > 0
@@ -175,7 +208,7 @@ def _symints(order: list[fx.Node]) -> list[torch.SymInt]:
 
 
 def _size_assignments(order: list[fx.Node]) -> list[Mapping[sympy.Symbol, int]]:
-    """Values for the symbols: as captured; each a little larger; and all beyond the largest constant in the mask."""
+    """Values for the symbols: all beyond the largest constant in the mask; each a little larger; and as captured."""
     symints = _symints(order)
     symbols = sorted({s for v in symints for s in v.node.expr.free_symbols}, key=str)
     if not symbols:
@@ -183,12 +216,12 @@ def _size_assignments(order: list[fx.Node]) -> list[Mapping[sympy.Symbol, int]]:
     shape_env = symints[0].node.shape_env
     assert shape_env is not None
     hints = {s: int(shape_env.backed_var_to_val.get(s, 8)) for s in symbols}
-    constants = [abs(a) for n in order for a in n.args if isinstance(a, int) and abs(a) < 1 << 20]
-    beyond = max(constants, default=0) + 13
+    numbers = [constant(value) for node in order for value in (node, *node.args, *node.kwargs.values())]
+    beyond = max((abs(int(n)) for n in numbers if n is not None and abs(n) < _MOST_TOKENS), default=0) + 13
     return [
-        hints,
-        {s: hint + 3 + 2 * i for i, (s, hint) in enumerate(hints.items())},
         {s: max(hint, beyond) + i for i, (s, hint) in enumerate(hints.items())},
+        {s: hint + 3 + 2 * i for i, (s, hint) in enumerate(hints.items())},
+        hints,
     ]
 
 
@@ -206,7 +239,7 @@ def _evaluate(order: list[fx.Node], sizes: Mapping[sympy.Symbol, int]) -> dict[f
             expression = _expression(held)
             values[node] = expression if isinstance(expression, int) else int(expression.subs(sizes))
         elif node.op == "get_attr":
-            values[node] = getattr(node.graph.owning_module, str(node.target))
+            values[node] = getattr(node.graph.owning_module, str(node.target)).clone()
         else:
             shape = held.shape if isinstance(held, Tensor) else ()
             count = 1

@@ -4,7 +4,8 @@
 
 `mask` is the whole mask, bool (True: visible) or additive; where it is None, `structure` (a positional `Mask` as text)
 says everything. `padding` (bool (B, Skv)) is the data-dependent factor of a mask that is structure and padding: it adds
-nothing to the mathematics here, and spares variants the search for it. A row whose bool mask hides every key gives 0.
+nothing to the mathematics here, and spares variants the search for it. A row whose mask hides every key, by False or by
+-inf, gives 0.
 The operator is composite: fake tensors and autograd see its plain mathematics.
 """
 
@@ -41,11 +42,13 @@ def attention_math(
     if mask is None:
         positional = Mask.parse(structure).positional
         mask = positional.visible(query.shape[-2], key.shape[-2], query.device) if list(positional.parts()) else None
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-        weights = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(wide)
+        # The softmax of nothing but -inf would be NaN, forward and backward.
+        blind = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     else:
-        weights = (scores if mask is None else scores + mask.to(wide)).softmax(-1)
+        weights = scores.softmax(-1)
     weights = torch.dropout(weights, dropout_p, train=dropout_p > 0)
     return (weights @ value.to(wide)).to(query.dtype)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext
 
 from rewriter.site import Refusal
 from rewriter.variant import modules_of
@@ -131,6 +132,39 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def fixed(number: Any) -> Any:
+    """A size or factor as a plain number. A symbolic one is fixed to its value where dynamo is compiling, since dynamo
+    then guards it and compiles again for another; elsewhere it is None.
+    """
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return number
+    if TracingContext.try_get() is None or not number.node.has_hint():
+        return None
+    return int(number) if isinstance(number, torch.SymInt) else float(number)
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The tensors that this call changes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable or node.target in _HARMLESS:
+        return []
+    found: list[Any] = []
+    for position, declared in enumerate(schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(declared.name)
+            found += value if isinstance(value, (list, tuple)) else [value]
+    return [each for each in found if isinstance(each, fx.Node)]
+
+
+def storage(node: fx.Node) -> int | None:
+    """What nodes that are views of one another have in common."""
+    value = node.meta.get("val")
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    except (NotImplementedError, RuntimeError):  # nested, sparse
+        return None
+
+
 def unsliced(node: fx.Node) -> fx.Node:
     """Through slices that keep everything: `x[:, None]` writes them where sizes are symbolic."""
     while is_call(node, torch.ops.aten.slice) and value_of(node).shape == value_of(node.all_input_nodes[0]).shape:
@@ -139,9 +173,12 @@ def unsliced(node: fx.Node) -> fx.Node:
 
 
 def constant(value: Any) -> float | None:
-    """The number that a literal or a constant-filled node holds."""
+    """The number that a literal, a constant-filled node or a float attribute of the model holds."""
     if is_number(value):
         return float(value)
+    if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymFloat):
+        held: float | None = fixed(value.meta["val"])
+        return held
     if is_call(value, _ATEN.full, _ATEN.full_like, _ATEN.scalar_tensor):
         filled = value.args[0] if is_call(value, _ATEN.scalar_tensor) else value.args[1]
         return float(filled) if is_number(filled) else None
@@ -149,7 +186,7 @@ def constant(value: Any) -> float | None:
         return 0.0
     if is_call(value, _ATEN.to, _ATEN.expand, _ATEN.lift_fresh_copy, _ATEN.detach_, _ATEN.clone, _ATEN.alias):
         return constant(value.args[0])
-    if isinstance(value, fx.Node) and value.op == "get_attr":
+    if isinstance(value, fx.Node) and value.op == "get_attr" and not value.meta.get("is_state"):
         held = getattr(value.graph.owning_module, str(value.target), None)
         if isinstance(held, torch.Tensor) and held.numel() == 1:
             return float(held)
@@ -159,9 +196,7 @@ def constant(value: Any) -> float | None:
 def is_parameter(node: fx.Node) -> bool:
     """Does this node hold weights, directly or through views? Then a product with it is a linear layer."""
     while is_call(node, *_VIEWS):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
+        node = node.all_input_nodes[0]
     if node.op not in ("placeholder", "get_attr"):
         return False
     return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
@@ -187,8 +222,13 @@ def comes_from_product(node: fx.Node, limit: int = 400) -> bool:
 
 _ATEN = torch.ops.aten
 PRODUCTS = (_ATEN.matmul, _ATEN.bmm, _ATEN.baddbmm, _ATEN.einsum, _ATEN.mm)
-_VIEWS = (_ATEN.transpose, _ATEN.t, _ATEN.permute, _ATEN.view, _ATEN.reshape, _ATEN.to, _ATEN.expand, _ATEN.unsqueeze)
+_VIEWS = (
+    _ATEN.transpose, _ATEN.t, _ATEN.mT, _ATEN.numpy_T, _ATEN.permute, _ATEN.swapaxes, _ATEN.view, _ATEN.reshape,
+    _ATEN.expand, _ATEN.unsqueeze, _ATEN.squeeze, _ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous,
+    _ATEN.alias, _ATEN.slice, _ATEN.select,
+)  # fmt: skip
 _BARRIERS = (
     _ATEN.linear, _ATEN.addmm, _ATEN.embedding, _ATEN.softmax, _ATEN.layer_norm, _ATEN.native_layer_norm,
     _ATEN.convolution, _ATEN.conv2d, _ATEN.conv1d, _ATEN.scaled_dot_product_attention, _ATEN.rms_norm,
 )  # fmt: skip
+_HARMLESS = (_ATEN.detach_.default, _ATEN.requires_grad_.default)

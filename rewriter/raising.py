@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from rewriter.capture import Graph
 from rewriter.ops import attention
-from rewriter.pattern import MaskTerm, Operand, Reading, value_of
+from rewriter.pattern import MaskTerm, Operand, Reading, storage, value_of, written
 from rewriter.site import AttentionSite
 
 _ATEN = torch.ops.aten
@@ -65,15 +65,56 @@ class Match:
         query, key, values = sides
         return Operands(query, key, values, mask, padding)
 
-    def result(self, emit: Emit, out: Any) -> Any:
-        """The canonical output in the form that the rest of the graph expects."""
+    def result(self, emit: Emit, out: Any, *, cast: bool = True) -> Any:
+        """The canonical output in the shape, and with `cast` the type, that the rest of the graph expects."""
         out = emit(_ATEN.squeeze.dim, out, 1) if value_of(self.output).dim() == 3 else out
         dtype = value_of(self.output).dtype
-        return out if dtype == self.site.torch_dtype else emit(_ATEN.to.dtype, out, dtype)
+        return emit(_ATEN.to.dtype, out, dtype) if cast and dtype != self.site.torch_dtype else out
 
     def constants(self) -> tuple[float, str, float]:
         """The number and text arguments of the canonical operator."""
         return self.site.scale, str(self.site.mask.positional), self.site.dropout_p
+
+
+def between(match: Match) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes between the inputs of a match and its output, and the sizes from outside that they use.
+
+    Raises ValueError where they are not whole, or where the canonical operator, which reads all inputs where the output
+    stands, would read something else than they do.
+    """
+    inputs, needed, todo = set(match.inputs), {match.output}, [match.output]
+    sizes: dict[fx.Node, None] = {}
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            if source in inputs or source in needed:
+                continue
+            if isinstance(source.meta.get("val"), _NUMBERS):
+                sizes[source] = None
+                continue
+            if source.op == "placeholder":
+                raise ValueError(f"the attention also depends on {source.name}, which is not read as a part of it")
+            needed.add(source)
+            todo.append(source)
+    nodes = [node for node in match.output.graph.nodes if node in needed]
+    _check_changes(nodes, match.inputs)
+    return nodes, list(sizes)
+
+
+_NUMBERS = (torch.SymInt, torch.SymFloat, int, float)
+
+
+def _check_changes(nodes: list[fx.Node], inputs: list[fx.Node]) -> None:
+    borders, inner = ({storage(node) for node in part} - {None} for part in (inputs, nodes))
+    inside, node = set(nodes), nodes[0]
+    while node is not nodes[-1]:
+        targets = {storage(target) for target in written(node)}
+        if targets & (borders if node in inside else borders | inner):
+            raise ValueError(f"{node.name} changes in place what the attention reads")
+        if targets & inner and any(
+            user not in inside for each in nodes[:-1] if storage(each) in targets for user in each.users
+        ):
+            raise ValueError(f"{node.name} changes in place what is also used outside of the attention")
+        node = node.next
 
 
 def _canonical(emit: Emit, side: Operand, value: Any) -> Any:
@@ -90,22 +131,29 @@ def compose_mask(emit: Emit, match: Match, value: Callable[[fx.Node], Any], dtyp
         mask = value(terms[0].node)
         mask = mask if terms[0].kind == "keep" else emit(_ATEN.logical_not.default, mask)
     else:
-        parts = [_additive(emit, term, value(term.node), dtype) for term in terms]
+        lowest = torch.finfo(match.site.torch_dtype).min
+        parts = [_additive(emit, term, value(term.node), dtype, lowest) for term in terms]
         mask = parts[0]
         for part in parts[1:]:
             mask = emit(_ATEN.add.Tensor, mask, part)
-    is_3d = value_of(match.output).dim() == 3 and value_of(terms[0].node).dim() == 3
+        if len(terms) > 1 and any(term.kind != "add" and term.fill != float("-inf") for term in terms):
+            mask = emit(_ATEN.clamp.default, mask, lowest)  # Hidden twice is not more hidden than once.
+    is_3d = value_of(match.output).dim() == 3 and any(value_of(term.node).dim() == 3 for term in terms)
     return emit(_ATEN.unsqueeze.default, mask, 1) if is_3d else mask
 
 
-def _additive(emit: Emit, term: MaskTerm, value: Any, dtype: torch.dtype) -> Any:
+def _additive(emit: Emit, term: MaskTerm, value: Any, dtype: torch.dtype, lowest: float) -> Any:
     if term.kind == "add":
         held = value_of(value) if isinstance(value, fx.Node) else value
-        value = value if held.dtype == dtype else emit(_ATEN.to.dtype, value, dtype)
+        if held.dtype != dtype:
+            # In a narrower type the lowest number must not become infinite.
+            narrowed = held.dtype.is_floating_point and torch.finfo(held.dtype).min < lowest
+            value = emit(_ATEN.clamp.default, value, lowest) if narrowed else value
+            value = emit(_ATEN.to.dtype, value, dtype)
         return value if term.factor == 1 else emit(_ATEN.mul.Tensor, value, term.factor)
-    # A finite fill in a narrower type than the scores were in must not become infinite: a row that is hidden
-    # altogether is an even mixture of the values with a finite fill, and not a number with an infinite one.
-    fill = max(term.fill, torch.finfo(dtype).min) if term.fill != float("-inf") else term.fill
+    # A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill is added,
+    # so it must be so large that the scores are lost in it.
+    fill = lowest if term.fill != float("-inf") else term.fill
     hidden = value if term.kind == "drop" else emit(_ATEN.logical_not.default, value)
     zeros = emit(_ATEN.zeros_like.default, value, dtype=dtype)
     return emit(_ATEN.masked_fill.Scalar, zeros, hidden, fill)
@@ -130,6 +178,7 @@ class Raised:
     match: Match
     call: fx.Node
     result: fx.Node
+    original: frozenset[fx.Node]
 
     def give_back(self) -> None:
         """Use the original nodes."""
@@ -142,25 +191,29 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
     results: dict[fx.Node, fx.Node] = {}
     composed: dict[tuple[Any, ...], tuple[Any, Any]] = {}
     order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    changes = [(node, {storage(target) for target in targets}) for node in order if (targets := written(node))]
+    originals = [frozenset(between(match)[0]) for match in matches]
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes]) or nullcontext()
 
     def emit(operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = gm.graph.call_function(operator, args, kwargs)
         fakes = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with fake_mode, torch.no_grad():
-            node.meta["val"] = operator(*fakes[0], **fakes[1])
+            # Running the canonical operator would cost a tenth of a second a site where sizes are symbolic.
+            node.meta["val"] = _like_output(*fakes[0]) if operator is attention else operator(*fakes[0], **fakes[1])
         return node
 
     def itself(node: fx.Node) -> fx.Node:
         return results.get(node, node)
 
-    for match in matches:
+    for match, original in zip(matches, originals, strict=True):
         reading = match.reading
-        place = (tuple(reading.terms), match.padding, value_of(match.output).dim(), match.site.dtype)
+        # One mask serves every layer, so it is put together once, where its last ingredient stands or is last changed.
+        ingredients = [term.node for term in reading.terms] + ([match.padding] if match.padding else [])
+        ready = [*ingredients, *_changes(changes, ingredients, order[match.output], order)]
+        anchor = max(ready, key=order.__getitem__, default=match.output)
+        place = (anchor, tuple(reading.terms), match.padding, value_of(match.output).dim(), match.site.dtype)
         if place not in composed:
-            # One mask serves every layer, so it is put together once, where its last ingredient stands.
-            ingredients = [term.node for term in reading.terms] + ([match.padding] if match.padding else [])
-            anchor = max(ingredients, key=order.__getitem__, default=match.output)
             composed[place] = _compose_after(gm, anchor, emit, match, itself) if ingredients else (None, None)
         mask, padding = composed[place]
         with gm.graph.inserting_before(match.output):
@@ -170,8 +223,20 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
             result = match.result(emit, node)
         match.output.replace_all_uses_with(result)
         results[match.output] = result
-        placed.append(Raised(match, node, result))
+        placed.append(Raised(match, node, result, original))
     return placed
+
+
+def _like_output(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _changes(
+    changes: list[tuple[fx.Node, set[int | None]]], nodes: list[fx.Node], end: int, order: dict[fx.Node, int]
+) -> list[fx.Node]:
+    """What changes these tensors in place before `end`."""
+    own = {storage(node) for node in nodes}
+    return [node for node, targets in changes if order[node] < end and targets & own]
 
 
 def _compose_after(gm: Graph, anchor: fx.Node, emit: Emit, match: Match, itself: Any) -> tuple[Any, Any]:

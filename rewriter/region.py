@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.pattern import is_call, value_of
-from rewriter.raising import Match, Operands, compose_mask, compose_padding
+from rewriter.raising import Match, Operands, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
 
 _ATEN = torch.ops.aten
@@ -23,25 +23,11 @@ Sizes = Mapping[int, int]
 
 
 class Region:
-    """The nodes between the inputs of a match and its output. Raises `ValueError` where there are more inputs."""
+    """The nodes between the inputs of a match and its output. Raises `ValueError` where `between` does."""
 
     def __init__(self, match: Match) -> None:
-        inputs, needed, todo = set(match.inputs), {match.output}, [match.output]
-        sizes: dict[fx.Node, None] = {}
-        while todo:
-            for source in todo.pop().all_input_nodes:
-                if source in inputs or source in needed:
-                    continue
-                if _is_size(source):
-                    sizes[source] = None
-                    continue
-                if source.op == "placeholder":
-                    raise ValueError(f"the attention also depends on {source.name}, which is not read as a part of it")
-                needed.add(source)
-                todo.append(source)
         self.match = match
-        self.sizes = list(sizes)
-        self.nodes = [node for node in match.output.graph.nodes if node in needed]
+        self.nodes, self.sizes = between(match)
         # As they stand now: the graph is rewritten later, and dead nodes lose their arguments.
         self._arguments = {node: (node.args, node.kwargs) for node in self.nodes}
 
@@ -57,7 +43,7 @@ class Region:
     def batch(self) -> int:
         """B as captured."""
         assert self.match.reading.query is not None
-        return hint(value_of(self.match.reading.query.node).shape[0])
+        return int(hint(value_of(self.match.reading.query.node).shape[0]))
 
     def resized(self, q_len: int, kv_len: int) -> Sizes:
         """The replacement that gives the region other lengths; empty where an integer has another meaning too."""
@@ -75,7 +61,12 @@ class Region:
         for node in self.nodes:
             args = fx.map_arg(self._arguments[node], lambda n: names.get(n) or f"={hint(n.meta['val'])}")
             lines.append(f"{node.target}{args}")
-        return "\n".join([*lines, self.match.site.key(), str(len(self.match.reading.terms))])
+        return "\n".join([*lines, self.match.site.key(), self._reading(names)])
+
+    def _reading(self, names: Mapping[fx.Node, str]) -> str:
+        reading = self.match.reading
+        sides = [(names[s.node], s.transposed) for s in (reading.query, reading.key, reading.value) if s is not None]
+        return f"{sides} {[(names[t.node], t.kind, t.factor, t.fill) for t in reading.terms]}"
 
     def module(self, sizes: Sizes | None = None, *, proof: bool = False, live: bool = False) -> fx.GraphModule:
         """The region as a module of the values of `match.inputs`. For a proof: full precision, no dropout.
@@ -103,7 +94,7 @@ class Region:
                 continue
             if proof and is_call(node, _ATEN.scaled_dot_product_attention) and self.match.site.dropout_p:
                 kwargs = {n: v for n, v in kwargs.items() if n != "dropout_p"}
-                args = (*args[:4], 0.0, *args[5:])
+                args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(copies[self.match.output])
         owner = self.match.output.graph.owning_module
@@ -117,11 +108,15 @@ class Region:
         proof: bool = False,
         magnitude: float = 1.0,
         hide_rows: bool = False,
+        infinite: bool = False,
         seed: int = 0,
     ) -> dict[fx.Node, Tensor]:
-        """Random values of the inputs. Masks hide about a third; with `hide_rows` the first query sees nothing."""
+        """Random values of the inputs. Masks hide about a third; with `hide_rows` the first query sees nothing.
+
+        What an additive mask hides is -inf where `infinite`, else the lowest finite number.
+        """
         generator = torch.Generator().manual_seed(seed)
-        terms = {term.node for term in self.match.reading.terms}
+        terms = {term.node: term.kind for term in self.match.reading.terms}
         values: dict[fx.Node, Tensor] = {}
         for node in self.match.inputs:
             fake = value_of(node)
@@ -131,7 +126,8 @@ class Region:
                 visible = torch.rand(shape, generator=generator) < 0.7
                 if hide_rows and len(shape) > 1:
                     visible[..., :1, :] = False
-                tensor = visible if dtype == torch.bool else _as_numbers(visible, dtype, generator)
+                flags = ~visible if terms.get(node) == "drop" else visible
+                tensor = flags if dtype == torch.bool else _as_numbers(flags, dtype, generator, infinite)
             else:
                 tensor = torch.randn(shape, generator=generator).mul(magnitude).to(dtype)
             values[node] = tensor.to(fake.device)
@@ -152,15 +148,13 @@ def run(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def proof_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The mathematics is proved where rounding does not hide a mistake."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    """The mathematics is proved where rounding does not hide a mistake, nor look like one."""
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
-def hint(size: Any) -> int:
-    """A size as a number: a symbolic one as captured."""
-    if isinstance(size, torch.SymInt):
-        size = size.node.hint
-    return int(size)
+def hint(size: Any) -> Any:
+    """A size or factor as a plain number: a symbolic one as captured."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
 
 
 def region_of(match: Match) -> Region | Refusal:
@@ -171,13 +165,9 @@ def region_of(match: Match) -> Region | Refusal:
         return Refusal(str(reason))
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (torch.SymInt, int))
-
-
-def _as_numbers(visible: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Added to scores: a bias where visible, the lowest finite number where not. Integers: 1 and 0."""
+def _as_numbers(visible: Tensor, dtype: torch.dtype, generator: torch.Generator, infinite: bool) -> Tensor:
+    """Added to scores: a bias where visible, the lowest number where not. Integers: 1 and 0."""
     if not dtype.is_floating_point:
         return visible.to(dtype)
     bias = torch.randn(visible.shape, generator=generator).to(dtype)
-    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+    return bias.masked_fill(~visible, float("-inf") if infinite else torch.finfo(dtype).min)

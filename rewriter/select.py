@@ -17,7 +17,7 @@ from rewriter.guard import error, tolerance
 from rewriter.plan import Decision, Plan
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
-from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal
+from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.testing import brute_force, inputs
 from rewriter.tune.measure import SiteBench
@@ -166,11 +166,11 @@ def fits(site: AttentionSite, key: str) -> bool:
     row of a causal prefill.
     """
     positional = site.mask.positional
-    masks = {site.mask, positional, positional & Padding()}
-    if site.single_query_decode:
-        masks |= {Causal(0), Causal(0) & Padding(), Full()}
-    if set(map(str, site.mask.parts())) - set(map(str, (positional & Padding()).parts())):
-        masks = {site.mask}  # It has a factor of another kind.
+    masks = {site.mask}
+    if all(isinstance(part, Full | Causal | SlidingWindow | Padding) for part in site.mask.parts()):
+        masks |= {positional, positional & Padding()}
+        if site.single_query_decode:
+            masks |= {Causal(0), Causal(0) & Padding(), Full()}
     return any(dataclasses.replace(site, mask=mask).key() == key for mask in masks)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,61 @@ def tiny_lm() -> Callable[..., torch.nn.Module]:
             return LlamaForCausalLM(config).eval()
 
     return build
+
+
+class Function(torch.nn.Module):
+    """A function as a module, for what takes modules only."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@dataclass
+class Rewritten:
+    """What became of a model: `matches` in the order of capture, `graphs` as they went to the inner backend."""
+
+    run: Any = None
+    out: Any = None
+    matches: list[Any] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Any]:
+        return [match.site for match in self.matches]
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Callable[..., Rewritten]:
+    """`rewrite(model or function, *args, variant="original", dynamic=None, **kwargs)`: call it with each attention
+    replaced by this variant, or looked at only where `variant` is None. Further calls: `result.run(...)`; without
+    arguments there is no first one.
+    """
+    from rewriter.capture import compiled, module_names
+    from rewriter.passes import captured, rewritten
+    from rewriter.variant import variants
+
+    def rewrite(model: Any, *args: Any, variant: str | None = "original", dynamic: Any = None, **kwargs: Any) -> Any:
+        module = model if isinstance(model, torch.nn.Module) else Function(model)
+        names, result = module_names(module), Rewritten()
+
+        def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+            work = captured(gm, example_inputs, names)
+            result.matches += work.detection.matches
+            result.refusals += map(str, work.detection.refusals)
+            graph = rewritten(work, lambda match: variant and variants()[variant].build(match.site, {}))
+            result.graphs.append(work.graph if graph is None else graph)
+            return result.graphs[-1].forward
+
+        result.run = compiled(module, backend, dynamic=dynamic)
+        result.out = result.run(*args, **kwargs) if args or kwargs else None
+        return result
+
+    return rewrite
 
 
 # --- tests for a GPU are counted, never silently left out ------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter import cli, doctor
+from rewriter import cli, doctor, terminal
 from rewriter.convert.checkpoint import quiet
 from rewriter.errors import GuardError, OptionError
 
@@ -276,7 +276,7 @@ def test_durations() -> None:
 
 
 def test_json_never_holds_what_json_does_not_have() -> None:
-    assert json.loads(cli.as_text({"a": [float("nan"), (float("inf"), 1.0)], "b": {1: None}})) == {
+    assert json.loads(terminal.as_text({"a": [float("nan"), (float("inf"), 1.0)], "b": {1: None}})) == {
         "a": [None, [None, 1.0]],
         "b": {"1": None},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +326,18 @@ def test_outputs_that_cannot_be_used(tmp_path: Path) -> None:
         check_output(tmp_path / "file")
     with pytest.raises(OutputError, match="cannot be written to"):
         check_output(tmp_path / "file" / "below")
+
+
+def test_small_files_come_along(lm: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(lm, source)
+    (source / "pooling").mkdir()
+    for name in ("pooling/config.json", "LICENSE", "model.safetensors.index.json", "model.onnx", "config.json.bak"):
+        (source / name).write_text("{}")
+    write(load_model(lm)[0], out, source=source)
+    assert (out / "pooling" / "config.json").exists() and (out / "LICENSE").exists()
+    assert not {"model.safetensors.index.json", "model.onnx", "config.json.bak"} & {file.name for file in out.iterdir()}
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == 64, "written, not copied"
 
 
 def test_a_round_trip(lm: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rewriter.report import Report
 
 STATE_FILE = "model.safetensors"
 REPORT_FILE = "rewriter_report.json"
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm"}
+COPIED = {".json", ".md", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm"}
 LEARNED = "rewriter."
 """The submodule with the parameters of learned variants: it belongs to the plan, not to the checkpoint."""
 
@@ -55,10 +55,8 @@ def write(model: nn.Module, out: Path, *, source: Path | None = None, report: Re
             plan.save(folder)
         if report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
-        for file in sorted(source.iterdir()) if source is not None else ():
-            wanted = file.suffix in COPIED and not file.name.endswith(".index.json")
-            if wanted and file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        if source is not None:
+            _bring_along(source, folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -76,6 +74,16 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         except Exception as error:
             raise CheckpointError(f"the weights in {folder} do not fit this model: {cause(error)}") from error
     return rewriter.apply(model, Plan.load(folder))
+
+
+def _bring_along(source: Path, folder: Path) -> None:
+    """Copy the small files of a checkpoint that `save_pretrained` did not write: tokenizer, processors, licence."""
+    for file in sorted(source.rglob("*")):
+        wanted = file.suffix in COPIED or file.stem.upper() in ("LICENSE", "NOTICE")
+        there = folder / file.relative_to(source)
+        if wanted and file.is_file() and not file.name.endswith(".index.json") and not there.exists():
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, there)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import rewriter
 from rewriter.convert.checkpoint import load_model, load_tokenizer, random_ids
 from rewriter.demo.assets import ENCODER_TITLE, encoder_folder, news_lines, rated_documents
-from rewriter.demo.part import Accuracy, Advance, Part, Working, compared, report_on
+from rewriter.demo.part import Accuracy, Part, Working, compared, report_on
 from rewriter.guard import evaluating
+from rewriter.terminal import Advance
 
 LINES = 32
 BATCH = 8

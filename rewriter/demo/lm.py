@@ -13,9 +13,10 @@ import rewriter
 from rewriter.calibration import batches_from
 from rewriter.convert.checkpoint import load_tokenizer, quiet
 from rewriter.demo.assets import LM_TITLE, lm_folder, long_text
-from rewriter.demo.part import Accuracy, Advance, Part, Working, compared, report_on
+from rewriter.demo.part import Accuracy, Part, Working, compared, report_on
 from rewriter.guard import evaluate
 from rewriter.metrics import BUILT_IN
+from rewriter.terminal import Advance
 
 DTYPE = torch.bfloat16
 
@@ -26,12 +27,12 @@ class Sizes:
 
     short: int = 2048
     long: int = 8192
-    blocks: int = 4
-    search: float = 210.0
+    blocks: int = 3
+    search: float = 200.0
     timing: float = 30.0
 
 
-QUICK = Sizes(512, 1024, 4, 15.0, 3.0)
+QUICK = Sizes(512, 1024, 3, 15.0, 3.0)
 
 
 def parts(sizes: Sizes, max_drop: float, working: Working) -> Iterator[Part]:

@@ -18,9 +18,9 @@ from rewriter.errors import OptionError
 from rewriter.guard import evaluating
 from rewriter.report import Report, Timing
 from rewriter.report.tables import outcome, plan_table, site_table, timing_table
+from rewriter.terminal import Advance
 from rewriter.tune.measure import alternate, medians
 
-Advance = Callable[[str, int, int | None], None]
 Working = Callable[[], AbstractContextManager[Advance]]
 
 

@@ -79,8 +79,9 @@ def refusal_table(refusals: Iterable[Refusal]) -> Table:
 def candidate_table(candidates: Sequence[Candidate]) -> Table:
     """What could stand at the sites, and why not."""
     table = _table("sites", "variant", "fidelity", "could stand there")
-    for each in candidates:
-        _row(table, each.sites, each.variant, each.fidelity, "yes" if each.applies else f"no: {each.reason}")
+    for before, each in zip([None, *candidates], candidates, strict=False):
+        place = each.sites if before is None or before.sites != each.sites else ""
+        _row(table, place, each.variant, each.fidelity, "yes" if each.applies else f"no: {each.reason}")
     return table
 
 

@@ -31,7 +31,7 @@ from rewriter.select import Selector, brief
 from rewriter.session import Session, install, new_session, route, uninstall
 from rewriter.site import Causal
 from rewriter.tune.measure import alternate, medians, peak_memory
-from rewriter.tune.search import Deadline, Progress, Tuning, measured, no_attention
+from rewriter.tune.search import Deadline, Progress, Tuning, measured, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
 
@@ -141,7 +141,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
         found = measured(metric, model, held_out, references)
         verdict = judge(on_held_out, found, request.max_drop, exact=dtype if exact else None) if found else None
         if verdict is not None and verdict.held:
-            timing = _timing(model, held_out[0], request)
+            timing = _timing(model, max(held_out, key=size_of), request)
             if timing.ratio >= 1:
                 return request.finished(session, verdict, timing)
             reason = "faster site by site, but not as a whole"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rewriter.backend import GraphRewriter
 from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAttentionError
 from rewriter.guard import Measurement, drop, evaluate, evaluating, relative_rms
-from rewriter.metrics import Batch, Metric
+from rewriter.metrics import Batch, Metric, tensors
 from rewriter.plan import Decision
 from rewriter.raising import Operands
 from rewriter.recover import fit
@@ -105,9 +105,12 @@ class Tuning:
         return self.slots.switches
 
     def capture(self, batches: Sequence[Batch]) -> None:
-        """Run every batch once, so that all graphs exist and each site is known at its largest size."""
+        """Run every batch once, so that all graphs exist and each site is known at its largest size.
+
+        The largest goes first: a later one may run in a graph that was captured for any size, and is not seen.
+        """
         with evaluating(self.model):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(sorted(batches, key=size_of, reverse=True)):
                 self.progress("capture", number, len(batches))
                 self.model(*batch.args, **batch.kwargs)
                 if number == 0 and not self.slots.sites:
@@ -247,6 +250,11 @@ def measured(
         return evaluate(metric, model, batches, references)
     except (MetricError, CalibrationError):
         return None
+
+
+def size_of(batch: Batch) -> int:
+    """How many numbers it holds."""
+    return sum(tensor.numel() for tensor in tensors((batch.args, batch.kwargs)))
 
 
 def no_attention(seen: GraphRewriter) -> CaptureError | NoAttentionError:

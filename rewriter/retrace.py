@@ -1,0 +1,182 @@
+"""Re-trace a dynamo graph to pre-dispatch ATen, each distinct call once.
+
+Tracing a call costs a millisecond or more, and a deep model repeats the calls of its first layer in every other one. So
+a call is traced by itself, on fresh fake tensors, and its ATen nodes are copied wherever the same call stands on inputs
+with the same metadata. What cannot be treated call by call raises `NotCallByCall`, and the graph is traced as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+Graph = fx.GraphModule
+
+
+class NotCallByCall(Exception):
+    """A call whose meaning depends on more than its arguments."""
+
+
+def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
+    """The graph in pre-dispatch ATen, traced in one piece. To be called inside the fake mode."""
+
+    def run(*inputs: Any) -> Any:
+        return fx.Interpreter(gm).run(*inputs)
+
+    return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+
+
+def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode) -> Graph:
+    """The graph in pre-dispatch ATen, each distinct call traced once. To be called inside the fake mode."""
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        return _call_by_call(gm, fakes, mode)
+
+
+def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode) -> Graph:
+    if any(isinstance(value, torch.SymInt) for value in fakes):
+        raise NotCallByCall("sizes that are computed with must be traced together")
+    tracer = _CallTracer(gm, mode)
+    inputs = iter(fakes)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            tracer.placeholder(node, next(inputs))
+        elif node.op == "get_attr":
+            tracer.attribute(node)
+        elif node.op == "output":
+            tracer.graph.output(fx.map_arg(node.args[0], tracer.copies.__getitem__))
+        elif node.op in ("call_function", "call_method"):
+            tracer.call(node)
+        else:
+            raise NotCallByCall(f"a {node.op} of {node.target}")
+    result = Graph(tracer.root, tracer.graph)
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return result
+
+
+class _CallTracer:
+    def __init__(self, gm: Graph, mode: FakeTensorMode) -> None:
+        self.source, self.mode = gm, mode
+        self.graph, self.root = fx.Graph(), torch.nn.Module()
+        self.copies: dict[fx.Node, Any] = {}
+        self._known: dict[Any, Graph] = {}
+        self._constants: dict[int, str] = {}
+
+    def placeholder(self, node: fx.Node, value: Any) -> None:
+        copy = self.graph.placeholder(f"arg{len(self.copies)}_1")
+        copy.meta["val"] = value
+        self.copies[node] = copy
+
+    def attribute(self, node: fx.Node) -> None:
+        held = self.source
+        for name in str(node.target).split("."):
+            held = getattr(held, name)
+        if not isinstance(held, Tensor):
+            raise NotCallByCall(f"the attribute {node.target}")
+        self.copies[node] = self._constant(held)
+
+    def _constant(self, held: Tensor) -> fx.Node:
+        name = self._constants.setdefault(id(held), f"_tensor_constant{len(self._constants)}")
+        if not hasattr(self.root, name):
+            setattr(self.root, name, held)
+        copy = self.graph.get_attr(name)
+        copy.meta["val"] = held if isinstance(held, FakeTensor) else self.mode.from_tensor(held)
+        return copy
+
+    def call(self, node: fx.Node) -> None:
+        """Copy the ATen nodes of a call, traced now or known from an equal one."""
+        if node.target is torch._C._set_grad_enabled:
+            torch._C._set_grad_enabled(*node.args)  # It holds for the calls that follow, and `call_by_call` ends it.
+            self.graph.call_function(node.target, node.args)
+            return
+        if _has_state(node.target):
+            raise NotCallByCall(f"a call of {node.target}")
+        numbers: dict[fx.Node, int] = {}
+        arguments = fx.map_arg((node.args, node.kwargs), self.copies.__getitem__)
+        text = fx.map_arg(arguments, lambda source: f"%{numbers.setdefault(source, len(numbers))}")
+        sources = list(numbers)
+        inputs = tuple(_metadata(source.meta["val"]) for source in sources)
+        key = (node.op, node.target, repr(text), torch.is_grad_enabled(), inputs)
+        traced = self._known.get(key)
+        if traced is None:
+            traced = self._known[key] = self._trace(node, arguments, sources)
+        self.copies[node] = self._paste(traced, sources, node)
+
+    def _trace(self, node: fx.Node, arguments: Any, sources: Sequence[fx.Node]) -> Graph:
+        fresh = [_fresh(source.meta["val"]) for source in sources]
+
+        def run(*inputs: Any) -> Any:
+            given = dict(zip(sources, inputs, strict=True))
+            args, kwargs = fx.map_arg(arguments, given.__getitem__)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+
+        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fresh)
+        for source, value in zip(sources, fresh, strict=True):
+            if isinstance(value, Tensor) and _metadata(value) != _metadata(source.meta["val"]):
+                raise NotCallByCall(f"{node.target} changes the shape of its argument")
+        for inner in traced.graph.nodes:
+            known = inner.op in ("placeholder", "get_attr", "call_function", "output")
+            # A fresh tensor begins where its storage begins, which `as_strided` would see.
+            if not known or _is_unbacked(inner) or inner.target is torch.ops.aten.as_strided.default:
+                raise NotCallByCall(f"{node.target} traces to {inner.op} {inner.target}")
+        return traced
+
+    def _paste(self, traced: Graph, sources: Sequence[fx.Node], node: fx.Node) -> Any:
+        pasted: dict[fx.Node, fx.Node] = {}
+        inputs = iter(sources)
+        described: dict[str, Any] = {
+            name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta
+        }
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                pasted[inner] = next(inputs)
+            elif inner.op == "get_attr":
+                pasted[inner] = self._constant(getattr(traced, str(inner.target)))
+            elif inner.op == "output":
+                return fx.map_arg(inner.args[0], pasted.__getitem__)
+            else:
+                copy = self.graph.node_copy(inner, pasted.__getitem__)
+                copy.meta = {**described, "val": inner.meta.get("val")}
+                pasted[inner] = copy
+        raise AssertionError("a graph has an output")
+
+
+def _has_state(target: Any) -> bool:
+    """Does this call set a mode for those that follow, or take functions as arguments?"""
+    return isinstance(target, torch._ops.HigherOrderOperator) or getattr(target, "__name__", "") in _STATEFUL
+
+
+_STATEFUL = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+
+
+def _metadata(value: Any) -> Any:
+    """All that tracing can see of a value. Two values of equal metadata give the same trace."""
+    if not isinstance(value, Tensor):
+        return tree_map(_metadata, value) if isinstance(value, (tuple, list)) else (type(value).__name__, str(value))
+    if type(value) not in (FakeTensor, Tensor, torch.nn.Parameter) or value.layout != torch.strided:
+        raise NotCallByCall(f"a {type(value).__name__} of layout {value.layout}")
+    sizes, strides = tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+    return value.dtype, value.device, value.requires_grad, sizes, strides
+
+
+def _fresh(value: Any) -> Any:
+    """Another fake tensor of the same metadata: two arguments must not be taken for one."""
+    if not isinstance(value, Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)
+
+
+def _is_unbacked(node: fx.Node) -> bool:
+    """A size that only the data knows: each such call makes its own symbol."""
+    sizes = [s for v in tree_leaves(node.meta.get("val")) for s in (v.shape if isinstance(v, Tensor) else [v])]
+    return any(isinstance(s, torch.SymInt) and not s.node.has_hint() for s in sizes)
