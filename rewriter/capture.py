@@ -44,6 +44,7 @@ def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
             graph = call_by_call(gm, fakes, mode)
         except NotCallByCall:
             graph = whole(gm, fakes)
+    graph.graph.eliminate_dead_code()  # Weights whose mean nobody reads are not used twice.
     for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         node.meta["is_parameter"] = isinstance(example, nn.Parameter)
     return graph
@@ -70,6 +71,7 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
         if not training or probability == 0:  # Re-tracing leaves it out; as a random operator it is never dead code.
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 

