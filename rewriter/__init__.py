@@ -1,7 +1,6 @@
 """Find every attention in a PyTorch model, by meaning, and replace it by the best of many efficient variants."""
 
 from rewriter.api import apply, explain, optimize, plan_of, report_of, restore
-from rewriter.backend import backend
 from rewriter.errors import RewriterError
 from rewriter.metrics import Metric
 from rewriter.plan import Decision, Plan
@@ -19,7 +18,6 @@ __all__ = [
     "RewriterError",
     "Variant",
     "apply",
-    "backend",
     "explain",
     "optimize",
     "plan_of",

@@ -71,22 +71,25 @@ class Selector:
             if decision is None or found.variant != ORIGINAL:
                 decision = self.decisions[site.path] = found
         debug.say(1, f"{site.path}: {decision.variant} ({decision.reason})")
-        return self.implementation(site, decision)
+        standing = self.implementation(site, decision)
+        if standing is None and decision.fidelity != "exact" and self.decide_unknown:
+            return self.implementation(site, decide_exact(match, self.goal, self.allowed))
+        return standing
 
     def implementation(self, site: AttentionSite, decision: Decision) -> Implementation | None:
         """The decision's implementation where it is allowed at this site, else None and a note."""
         if decision.variant == ORIGINAL:
             return None
         variant = variant_named(decision.variant)
-        target = Target.current(site.device)
-        applies = variant.applies(site, target)
-        if not applies:
-            self.note(f"{site.path}: {decision.variant} does not apply here ({applies}); it runs its original code")
+        instead = "it is computed exactly" if self.decide_unknown else "it runs its original code"
+        applies = variant.applies(site, Target.current(site.device))
+        if isinstance(applies, Refusal):
+            self.note(f"{site.path}: {decision.variant} does not apply here ({applies.reason}); {instead}")
             return None
         if variant.fidelity != "exact" and not fits(site, decision.site):
             self.note(
                 f"{site.path}: this call is not the one that the plan was made for ({site.key()} instead of "
-                f"{decision.site}); it runs its original code"
+                f"{decision.site}); {instead}"
             )
             return None
         if variant.fidelity == "learned":

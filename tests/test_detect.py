@@ -109,7 +109,7 @@ MODELS = {
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
     ),
     "vit": image("ViTModel", "ViTConfig", *two("layers.{}.attention")),
-    "dinov2": image("Dinov2Model", "Dinov2Config", *two("layer.{}.attention")),
+    "dinov2": image("Dinov2Model", "Dinov2Config", *two("encoder.layer.{}.attention")),
     "siglip": image("SiglipVisionModel", "SiglipVisionConfig", *two("encoder.layers.{}.self_attn"), "head.attention"),
 }  # fmt: skip
 RUNS = [  # each model in one of its two forms, and in the other among the slow tests
@@ -282,11 +282,19 @@ class Broken(Block):
 
 
 def test_graph_breaks(rewrite: Any) -> None:
-    model, x = Tower(Block(), Broken(), Block()).requires_grad_(False), torch.randn(2, 5, 16)
+    """Each layer's forward has a graph of its own then, whose nodes do not know the layer."""
+    model = Tower(Block(), Broken(), Block(heads=4)).requires_grad_(False)
+    x = torch.randn(2, 5, 16)
     result = rewrite(model, x)
-    assert len(result.graphs) > 1
+    assert len(result.graphs) == 4
     assert paths(result) == ["layers.0", "layers.1", "layers.1", "layers.2"]
     assert error(result.out, model(x)) <= EXACT
+
+
+@pytest.mark.xfail(strict=True, reason="dynamo runs one graph for all instances of a layer, and guards none of them")
+def test_equal_layers_after_a_graph_break(rewrite: Any) -> None:
+    model = Tower(Block(), Broken(), Block()).requires_grad_(False)
+    assert paths(rewrite(model, torch.randn(2, 5, 16))) == ["layers.0", "layers.1", "layers.1", "layers.2"]
 
 
 def test_a_break_in_the_middle_of_an_attention(rewrite: Any) -> None:
