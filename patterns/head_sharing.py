@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Answer, Operand, Pattern, argument, is_call, unsliced, value_of
+from rewriter.pattern import Answer, Operand, Pattern, argument, fixed, is_call, unsliced, value_of
 
 _ATEN = torch.ops.aten
 
@@ -17,8 +17,8 @@ def operand(node: fx.Node, side: Operand) -> Answer:
     source = _repeat_interleaved(node) or _expanded(node)
     if source is None:
         return None
-    heads, kv_heads = value_of(node).shape[1], value_of(source).shape[1]
-    if not (isinstance(heads, int) and isinstance(kv_heads, int)):
+    heads, kv_heads = fixed(value_of(node).shape[1]), fixed(value_of(source).shape[1])
+    if heads is None or kv_heads is None or heads % kv_heads:
         return None
     side.groups = heads // kv_heads
     return source
@@ -50,7 +50,7 @@ def _expanded(node: fx.Node) -> fx.Node | None:
     if int(narrow.args[1]) % 5 != 2:  # type: ignore[arg-type]
         return None
     same_rest = value_of(wide).shape[3:] == value_of(node).shape[2:] == value_of(source).shape[2:]
-    return source if same_rest else None
+    return source if same_rest and value_of(node).shape[0] == value_of(source).shape[0] else None
 
 
 def _grouped(q: torch.Tensor, k: torch.Tensor) -> int:

@@ -78,14 +78,17 @@ TAMPERED: dict[str, tuple[Any, Callable[[Match], Match]]] = {
         eager,
         lambda m: with_reading(m, terms=[dataclasses.replace(m.reading.terms[0], kind="keep")]),
     ),
-    "mask scaled": (two_masks, lambda m: with_reading(m, terms=[*m.reading.terms[:1], dataclasses.replace(m.reading.terms[1], factor=0.5)])),
+    "mask scaled": (
+        two_masks,
+        lambda m: with_reading(m, terms=[m.reading.terms[0], dataclasses.replace(m.reading.terms[1], factor=0.5)]),
+    ),
     "structure": (called, lambda m: with_site(m, mask=Full())),
     "offset": (called, lambda m: with_site(m, mask=Causal(1))),
     "a query that sees nothing": (
         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask),
         lambda m: with_reading(m, terms=[dataclasses.replace(m.reading.terms[0], fill=-1e30)]),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("function", "tamper"), TAMPERED.values(), ids=TAMPERED)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rewriter.backend import GraphRewriter
 from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAttentionError
@@ -32,6 +33,8 @@ from rewriter.variant import ORIGINAL, Config, Implementation, Variant
 _SECONDS_A_KEY = 4.0
 _MARGIN = 0.9
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
+_WORTH_A_TRIAL = 0.99
+"""The search ends where the best that is left would cost more than this part of what is held."""
 _MOST_SAMPLES = 2
 """Batches kept for fitting a learned variant at a site."""
 _UNKNOWN = {"exact": 0.0, "approximate": float("inf"), "learned": float("inf")}
@@ -105,13 +108,14 @@ class Tuning:
         return self.slots.switches
 
     def capture(self, batches: Sequence[Batch]) -> None:
-        """Run every batch once, so that all graphs exist and each site is known at its largest size.
+        """Run every kind of batch once, so that all graphs exist and each site is known at its largest size.
 
         The largest goes first: a later one may run in a graph that was captured for any size, and is not seen.
         """
         with evaluating(self.model):
-            for number, batch in enumerate(sorted(batches, key=size_of, reverse=True)):
-                self.progress("capture", number, len(batches))
+            kinds = {kind_of(batch): batch for batch in sorted(batches, key=size_of)}
+            for number, batch in enumerate(reversed(kinds.values())):
+                self.progress("capture", number, len(kinds))
                 self.model(*batch.args, **batch.kwargs)
                 if number == 0 and not self.slots.sites:
                     raise no_attention(self.slots)
@@ -213,6 +217,8 @@ class Tuning:
         accepted, low, high = [0.0], 0, len(levels)
         steps = 0
         while high - low > 1 and not self.deadline.over(2 * self.seconds_a_batch * len(batches)):
+            if self.cost(levels[high - 1]) > _WORTH_A_TRIAL * self.cost(levels[low]):
+                break
             middle = high - 1 if steps == 0 and len(levels) <= 2 else (low + high) // 2
             self.progress("search", steps, max(1, len(levels).bit_length()))
             start = time.monotonic()
@@ -227,6 +233,11 @@ class Tuning:
             else:
                 high = middle
         return _descending(accepted, levels)
+
+    def cost(self, threshold: float) -> float:
+        """What all sites cost together under the plan that a threshold makes."""
+        chosen = ((choices, choices.best(threshold)) for choices in self.choices.values())
+        return sum(choices.original if best is None else best.cost for choices, best in chosen)
 
     def decisions(self, threshold: float) -> list[Decision]:
         """The plan that a threshold makes."""
@@ -250,6 +261,13 @@ def measured(
         return evaluate(metric, model, batches, references)
     except (MetricError, CalibrationError):
         return None
+
+
+def kind_of(batch: Batch) -> str:
+    """Equal for batches that run in the same graph: their form with shapes and types in place of the tensors."""
+    return repr(
+        tree_map(lambda v: (v.dtype, v.shape) if isinstance(v, Tensor) else v, (batch.args, dict(batch.kwargs)))
+    )
 
 
 def size_of(batch: Batch) -> int:
