@@ -13,7 +13,7 @@ import pytest
 
 # Before anything imports transformers, and inherited by the subprocesses that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads that spin while they wait take the cores from each other on a busy machine; OpenMP reads this when torch loads.
+# Threads that spin while they wait take the cores from each other on a busy machine. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _CACHE = tempfile.TemporaryDirectory(prefix="rewriter-cache-")
 os.environ["REWRITER_CACHE"] = _CACHE.name
