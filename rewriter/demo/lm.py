@@ -55,7 +55,7 @@ def exact_prefill(sizes: Sizes, ids: Tensor, advance: Advance) -> Part:
     """Eager attention in, `optimize` without data, the same answers out."""
     original, model = load("eager"), load("eager")
     start = time.perf_counter()
-    result = rewriter.optimize(model, example=((), prompt(ids)), progress=advance)
+    result = rewriter.optimize(model, progress=advance)
     took = time.perf_counter() - start
     accuracy = perplexities(original, result, ids, "", advance)
     advance("timing", 0, None)
