@@ -1,4 +1,4 @@
-"""Masks in the scores (added, filled in, chosen by `where`), and how boolean masks are put together."""
+"""Masks and biases in the scores (added, filled in, chosen by `where`), and how boolean masks are put together."""
 
 from __future__ import annotations
 
@@ -8,66 +8,49 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.pattern import (
-    Answer,
-    MaskTerm,
-    Pattern,
-    Reading,
-    argument,
-    comes_from_product,
-    constant,
-    is_call,
-    unsliced,
-    value_of,
-)
-from rewriter.site import Refusal
+from rewriter.pattern import Pattern, Step, argument, constant, is_call, is_number, unsliced, value_of
 
 _ATEN = torch.ops.aten
 
-_HIDDEN = -1e4
-"""A score is hidden when it becomes this or less: the largest finite fill in use (older models in float16)."""
+_HIDDEN = -9.9e3
+"""What an additive mask adds to hide a score, or less."""
 
 
-def score(node: fx.Node, reading: Reading) -> Answer:
-    """scores + mask (either order), scores.masked_fill(drop, fill), where(keep, scores, fill)."""
-    if is_call(node, _ATEN.add) and len(node.args) == 2 and argument(node, "alpha", 1) == 1:
-        return _added(node, reading)
+def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
+    """scores + mask (either order), scores - mask, scores.masked_fill(drop, fill), where(keep, scores, fill)."""
+    if is_call(node, _ATEN.add, _ATEN.add_):
+        return _added(node, argument(node, "alpha", 1), both=True)
+    if is_call(node, _ATEN.sub, _ATEN.sub_):
+        alpha = argument(node, "alpha", 1)
+        return _added(node, -alpha if is_number(alpha) else None, both=False)
     if is_call(node, _ATEN.masked_fill, _ATEN.masked_fill_):
-        return _hidden(node, reading, "drop", node.args[0], node.args[1], node.args[2])
+        scores, mask, fill = node.args[:3]
+        number = constant(fill)
+        if isinstance(scores, fx.Node) and isinstance(mask, fx.Node) and number is not None:
+            return Step("drop", scores, mask, number)
     if is_call(node, _ATEN.where) and len(node.args) == 3:
-        keep, chosen, other = node.args
-        if isinstance(chosen, fx.Node) and comes_from_product(chosen):
-            return _hidden(node, reading, "keep", chosen, keep, other)
-        if isinstance(other, fx.Node) and comes_from_product(other):
-            return _hidden(node, reading, "drop", other, keep, chosen)
+        condition, chosen, other = node.args
+        assert isinstance(condition, fx.Node)
+        steps: list[Step] = []
+        if isinstance(chosen, fx.Node) and (number := constant(other)) is not None:
+            steps.append(Step("keep", chosen, condition, number))
+        if isinstance(other, fx.Node) and (number := constant(chosen)) is not None:
+            steps.append(Step("drop", other, condition, number))
+        return tuple(steps)
     return None
 
 
-def _added(node: fx.Node, reading: Reading) -> Answer:
-    left, right = node.args
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step | None:
+    left, right = node.args[:2]
+    if not isinstance(left, fx.Node) or not value_of(node).dtype.is_floating_point or not is_number(alpha):
         return None
-    scores, mask = (left, right) if comes_from_product(left) else (right, left)
-    if not comes_from_product(scores):
-        return None
-    if comes_from_product(mask):
-        return Refusal("two products are added to make the scores")
-    if value_of(scores).shape != value_of(node).shape:
-        return Refusal("the added mask is larger than the scores")
-    reading.terms.append(MaskTerm("add", mask, factor=reading.scale))
-    return scores
-
-
-def _hidden(node: fx.Node, reading: Reading, kind: Any, scores: Any, mask: Any, fill: Any) -> Answer:
-    if not isinstance(mask, fx.Node) or not isinstance(scores, fx.Node):
-        return None
-    number = constant(fill)
-    if number is None or number > _HIDDEN or number * reading.scale > _HIDDEN / 32:
-        return Refusal(f"hidden scores become {number if number is not None else fill}, which does not hide them")
-    if value_of(scores).shape != value_of(node).shape:
-        return Refusal("the mask is larger than the scores")
-    reading.terms.append(MaskTerm(kind, mask, fill=number * reading.scale))
-    return scores
+    if not isinstance(right, fx.Node):
+        # The same number for all keys: it matters to weights that are not normalised.
+        number = constant(right)
+        return Step("shift", left, number=alpha * number) if number is not None else None
+    if both and alpha == 1:
+        return Step("add", left, right), Step("add", right, left)
+    return Step("add", left, right, alpha)
 
 
 def factors(node: fx.Node) -> list[tuple[fx.Node, bool]] | None:
@@ -107,7 +90,7 @@ def _keeps_bool(node: fx.Node) -> bool:
 
 PATTERN = Pattern(
     name="masking",
-    score=score,
+    element=element,
     factors=factors,
     examples=(
         lambda q, k, v, mask: torch.softmax(q @ k.mT + torch.where(mask, 0.0, -1e30).to(q.dtype), -1) @ v,

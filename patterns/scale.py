@@ -1,4 +1,4 @@
-"""A number times the scores, or times the queries or the keys before the product."""
+"""A number or a tensor times the scores, or a number times the queries or the keys before the product."""
 
 from __future__ import annotations
 
@@ -7,49 +7,43 @@ import math
 import torch
 from torch import fx
 
-from rewriter.pattern import Answer, Operand, Pattern, Reading, constant, is_call
+from rewriter.pattern import Pattern, Step, constant, is_call, value_of
 
 _ATEN = torch.ops.aten
 
 
-def _factor(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(source, number) where node = source * number."""
-    if not is_call(node, _ATEN.mul, _ATEN.div) or len(node.args) != 2 or node.kwargs:
+def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
+    """times a number, divided by one; times or divided by a tensor, where either factor may be what is scaled."""
+    if is_call(node, _ATEN.neg):
+        return Step("scale", node.all_input_nodes[0], number=-1.0)
+    is_quotient = is_call(node, _ATEN.div, _ATEN.div_, _ATEN.true_divide)
+    if not (is_quotient or is_call(node, _ATEN.mul, _ATEN.mul_)) or len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
-    if is_call(node, _ATEN.mul) and constant(left) is not None:
+    if not is_quotient and constant(left) is not None:
         left, right = right, left
     number = constant(right)
-    if not isinstance(left, fx.Node) or not number:
+    if isinstance(left, fx.Node) and number and math.isfinite(number) and value_of(left).dtype.is_floating_point:
+        return Step("scale", left, number=1 / number if is_quotient else number)
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or number is not None:
         return None
-    return left, 1 / number if is_call(node, _ATEN.div) else number
-
-
-def score(node: fx.Node, reading: Reading) -> Answer:
-    """On the scores. A mask that is added below this scale is scaled with them: it takes note of `reading.scale`."""
-    found = _factor(node)
-    if found is None:
-        return None
-    reading.scale *= found[1]
-    return found[0]
-
-
-def operand(node: fx.Node, side: Operand) -> Answer:
-    """On the queries or the keys."""
-    found = _factor(node) if side.role != "value" else None
-    if found is None:
-        return None
-    side.scale *= found[1]
-    return found[0]
+    if is_quotient:
+        return Step("div", left, right)
+    return Step("mul", left, right), Step("mul", right, left)
 
 
 PATTERN = Pattern(
     name="scale",
-    score=score,
-    operand=operand,
+    element=element,
     examples=(
         lambda q, k, v, mask: torch.softmax((q @ k.mT / math.sqrt(7)).masked_fill(~mask, -1e30), -1) @ v,
         lambda q, k, v, mask: torch.softmax((q * 0.3 @ k.mT).masked_fill(~mask, -1e30), -1) @ v,
         lambda q, k, v, mask: torch.softmax(((q * 0.6) @ (k / 1.5).mT).masked_fill(~mask, -1e30), -1) @ v,
+        lambda q, k, v, mask: (
+            ((q @ k.mT) * torch.linspace(0.1, 0.9, q.shape[1], dtype=q.dtype)[:, None, None])
+            .masked_fill(~mask, -1e30)
+            .softmax(-1)
+            @ v
+        ),
     ),
 )

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.pattern import Answer, MaskTerm, Operand, Pattern, Reading, argument, constant, fixed, is_call, value_of
+from rewriter.pattern import Call, Pattern, argument, constant, fixed, is_call, value_of
 from rewriter.site import Refusal
 
 
-def call(node: fx.Node, reading: Reading) -> Answer:
+def call(node: fx.Node) -> Call | Refusal | None:
     """Read the arguments; `enable_gqa` needs no fact of its own, since the head counts say it."""
     if not is_call(node, torch.ops.aten.scaled_dot_product_attention):
         return None
@@ -24,18 +24,10 @@ def call(node: fx.Node, reading: Reading) -> Answer:
     scale, dropout_p = constant(scale), constant(argument(node, "dropout_p"))
     if scale is None or dropout_p is None:
         return Refusal("the scale or the probability of the dropout is not a number")
-    reading.query, reading.key = Operand("query", query), Operand("key", key)
-    reading.value = Operand("value", value)
-    reading.scale *= scale
-    reading.causal = bool(argument(node, "is_causal"))
-    reading.dropout_p = dropout_p
-    reading.spelling = "sdpa"
-    mask = argument(node, "attn_mask")
-    if mask is not None and reading.causal:
+    mask, causal = argument(node, "attn_mask"), bool(argument(node, "is_causal"))
+    if mask is not None and causal:
         return Refusal("a call with both a mask and is_causal, which torch does not define")
-    if mask is not None:
-        reading.terms.append(MaskTerm("keep" if value_of(mask).dtype == torch.bool else "add", mask))
-    return node
+    return Call(query, key, value, scale, mask, causal, dropout_p, "sdpa", bool(argument(node, "enable_gqa")))
 
 
 PATTERN = Pattern(

@@ -68,7 +68,8 @@ class GraphRewriter:
     def look(self, gm: Graph, example_inputs: Sequence[Any]) -> Rewrite | None:
         """Capture and detect; None where there is nothing to rewrite. Notes what was seen."""
         try:
-            work = captured(gm, example_inputs, self.names)
+            # Another compiler traces what is left, and a traced graph cannot ask what a tensor holds.
+            work = captured(gm, example_inputs, self.names, observe=self.inner == "eager")
         except RewriterError:
             raise
         except Exception as error:  # Whatever stands in the way of re-tracing, the model itself must go on.
@@ -78,6 +79,11 @@ class GraphRewriter:
             return None
         self.note(work)
         return work if work.detection.matches else None
+
+    @property
+    def replaceable(self) -> bool:
+        """Was there an attention that is not only recognised?"""
+        return any(not site.edits for site in self.sites.values())
 
     def note(self, work: Rewrite) -> None:
         """Remember what a graph holds."""

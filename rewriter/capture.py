@@ -19,7 +19,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._guards import TracingContext, detect_fake_mode
 
 from rewriter.errors import CaptureError, RewriterError
-from rewriter.retrace import NotCallByCall, call_by_call, whole
+from rewriter.pattern import storage, written
+from rewriter.retrace import NotCallByCall, call_by_call, under_vmap, whole
 
 Graph = fx.GraphModule
 Backend = Callable[[Graph, Sequence[Any]], Callable[..., Any]]
@@ -39,15 +40,45 @@ def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
         return mode.from_tensor(value) if is_real else value
 
     fakes = [fake(value) for value in example_inputs]
-    with mode, torch.fx.traceback.preserve_node_meta():
+    with mode, torch.fx.traceback.preserve_node_meta(), transforms_ended():
         try:
             graph = call_by_call(gm, fakes, mode)
         except NotCallByCall:
-            graph = whole(gm, fakes)
+            graph = call_by_call(gm, fakes, mode, aliased=True) if under_vmap(gm) else whole(gm, fakes)
     graph.graph.eliminate_dead_code()  # Weights whose mean nobody reads are not used twice.
-    for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+    sources = gm.graph.find_nodes(op="placeholder")
+    for node, source, example in zip(graph.graph.find_nodes(op="placeholder"), sources, example_inputs, strict=True):
         node.meta["is_parameter"] = isinstance(example, nn.Parameter)
+        if _is_buffer(source) and isinstance(example, torch.Tensor):
+            node.meta["is_buffer"], node.meta["buffer"] = True, example
+    _forget_written_buffers(graph)
     return graph
+
+
+def _is_buffer(placeholder: fx.Node) -> bool:
+    """Did dynamo take this input from the buffers of a module?"""
+    argument = placeholder.meta.get("grapharg")
+    name = getattr(getattr(argument, "source", None), "name", "")
+    return "._buffers[" in str(name() if callable(name) else name)
+
+
+def _forget_written_buffers(graph: Graph) -> None:
+    """A buffer that this graph writes into, such as a cache, holds what the model is called with."""
+    targets = {storage(target) for node in graph.graph.nodes for target in written(node)} - {None}
+    for node in graph.graph.nodes:
+        if node.meta.get("is_buffer") and storage(node) in targets:
+            node.meta["is_buffer"] = False
+
+
+@contextmanager
+def transforms_ended() -> Iterator[None]:
+    """A graph may begin a functorch transform; where tracing fails inside, it would never end."""
+    depth = len(torch._C._functorch.get_interpreter_stack() or ())
+    try:
+        yield
+    finally:
+        while len(torch._C._functorch.get_interpreter_stack() or ()) > depth:
+            torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def exported(program: torch.export.ExportedProgram) -> Graph:
@@ -64,6 +95,7 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
             held = getattr(held, name)
         node.meta["is_parameter"] = isinstance(held, nn.Parameter)
         node.meta["is_state"] = node.target in state
+        node.meta["is_buffer"] = node.target in state and not isinstance(held, nn.Parameter)
         if isinstance(held, torch.Tensor):
             node.meta.setdefault("val", held)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
@@ -72,6 +104,7 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
+    _forget_written_buffers(gm)
     gm.recompile()
     return gm
 

@@ -2,70 +2,95 @@
 
 From a normaliser the walk goes up through scale, mask and casts to the product of queries and keys, and down through
 casts and dropout to the product with the values; calls that are an attention already are read from their arguments.
-What it meets and does not understand is a refusal. What it understood is proved (`rewriter.proof`) before it counts.
+What it meets and does not understand is a refusal. What it understood is proved (`rewriter.proof`) before it counts;
+what it understood, and the canonical operator cannot say, is recognised and kept as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
 from torch import fx
 
+from rewriter.axes import Axis, as_captured
+from rewriter.biases import KINDS as BIASES
+from rewriter.biases import Bias, Term, read_bias, terms
 from rewriter.capture import Graph, frame_path, site_path, source_line
-from rewriter.masks import MaskReading, read_mask
+from rewriter.facts import HIDDEN, Op, Reading
+from rewriter.masks import MaskReading, Tokens, placed_again, read_mask
+from rewriter.operands import is_changed
 from rewriter.pattern import (
-    Answer,
-    MaskTerm,
-    Operand,
-    Reading,
+    Call,
+    Normaliser,
+    ask,
     comes_from_product,
     fixed,
     is_parameter,
-    patterns,
+    mark_data,
     value_of,
 )
 from rewriter.proof import Proof
-from rewriter.raising import Match
+from rewriter.raising import ChangedInPlace, Match, between
+from rewriter.reading import read_call, read_ways
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
+from rewriter.tokens import place_tokens
+from rewriter.walk import Stop, Walk, is_linear_attention
 
 
 @dataclass
 class Detection:
-    """What one graph holds."""
+    """What one graph holds: `matches` can be rewritten, `kept` are recognised and left as they are."""
 
     matches: list[Match] = field(default_factory=list)
+    kept: list[Match] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def sites(self) -> list[AttentionSite]:
-        """The sites of the matches, in the order of the graph."""
-        return [match.site for match in self.matches]
+        """The sites of both, in the order of the graph."""
+        every = sorted(self.matches + self.kept, key=_place)
+        return [match.site for match in every]
 
 
-def detect(gm: Graph, names: Mapping[str, str] | None = None) -> Detection:
+def _place(match: Match) -> Any:
+    return match.output
+
+
+def detect(gm: Graph, names: Mapping[str, str] | None = None, *, observe: bool = True) -> Detection:
     """Every attention in a pre-dispatch graph, and what looked like one and was not taken. The graph is not changed.
 
-    `names` maps str(id(module)) to the module's qualified name (see `capture.module_names`).
+    `names` maps str(id(module)) to the module's qualified name (see `capture.module_names`). With `observe`, facts that
+    hold for the values at hand are used where a sentinel can ask for them again.
     """
-    found, proof, masks = Detection(), Proof(), dict[tuple[fx.Node, bool], MaskReading]()
+    found, detector = Detection(), _Detector(observe)
     frame = frame_path(gm, names or {})
+    mark_data(gm.graph)
+    taken: dict[tuple[fx.Node, fx.Node | None], Match] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        read = _read_anchor(node)
+        read = detector.read(node)
         if read is None:
             continue
         path = site_path(node, names or {}, frame)
-        match = read if isinstance(read, Refusal) else _match(*read, path, masks)
-        refusal = match if isinstance(match, Refusal) else proof.check(match)
-        if refusal is not None:
-            found.refusals.append(dataclasses.replace(refusal, path=path, source=source_line(node)))
-        elif isinstance(match, Match):
-            found.matches.append(match)
-    _number_repeated_paths(found.matches)
+        match = detector.match(read, path) if isinstance(read, Reading) else read
+        if isinstance(match, Match) and (match.output, match.reading.weights) not in taken:
+            taken[match.output, match.reading.weights] = match
+            (found.kept if match.site.edits else found.matches).append(match)
+        elif isinstance(match, Refusal):
+            found.refusals.append(dataclasses.replace(match, path=path, source=source_line(node)))
+    outputs = {match.output for match in taken.values()}
+    for node in gm.graph.nodes:
+        if node not in outputs and is_linear_attention(node, outputs):
+            path = site_path(node, names or {}, frame)
+            reason = "queries times (keys times values), which is linear attention already"
+            found.refusals.append(Refusal(reason, path=path, source=source_line(node)))
+    _number_repeated_paths(sorted(taken.values(), key=_place))
+    place_tokens(gm.graph, taken.values())
     return found
 
 
@@ -80,202 +105,271 @@ def _number_repeated_paths(matches: list[Match]) -> None:
             match.site = dataclasses.replace(match.site, path=f"{path}#{count}")
 
 
-def _read_anchor(node: fx.Node) -> tuple[Reading, fx.Node] | Refusal | None:
-    """(reading, output node) of the attention at this node; None where nothing is like attention."""
-    reading = Reading()
-    for pattern in patterns().values():
-        if pattern.call is not None:
-            answer = pattern.call(node, reading)
-            if isinstance(answer, Refusal):
-                return answer
-            if answer is not None:
-                _strip_operands(reading)
-                return reading, answer
-    for pattern in patterns().values():
-        if pattern.normaliser is not None:
-            answer = pattern.normaliser(node, reading)
-            if answer is None:
-                continue
-            # A router or a classifier: its scores come from a linear layer, and it is none of our business.
-            if not comes_from_product(node.all_input_nodes[0]):
-                return None
-            up = answer if isinstance(answer, Refusal) else _walk_up(answer, reading)
-            down = _walk_down(node, reading)
-            if down is None:
-                return None
-            if isinstance(up, Refusal) or isinstance(down, Refusal):
-                return up if isinstance(up, Refusal) else down if isinstance(down, Refusal) else None
-            _strip_operands(reading)
-            return reading, down
-    return None
+class _Detector:
+    """What is remembered while one graph is read."""
+
+    def __init__(self, observe: bool) -> None:
+        self.observe = observe
+        self.walk, self.proof = Walk(), Proof()
+        self.masks: dict[tuple[fx.Node, str], list[MaskReading | Bias]] = {}
+
+    def read(self, node: fx.Node) -> Reading | Refusal | None:
+        """The attention at this node; None where nothing is like attention."""
+        call: Call | Refusal | None = ask("call", node)
+        if call is not None:
+            return call if isinstance(call, Refusal) else read_call(node, call)
+        normaliser: Normaliser | Refusal | None = ask("normaliser", node)
+        if normaliser is None:
+            return None
+        if isinstance(normaliser, Refusal):
+            return normaliser if _meets_values(node) else None
+        # A router or a classifier: its scores come from a linear layer, and it is none of our business.
+        up = self.walk.up(normaliser.scores)
+        if isinstance(up, Stop) and (normaliser.kind != "softmax" or not comes_from_product(normaliser.scores)):
+            if normaliser.kind == "softmax" and is_changed(normaliser.scores) and _meets_values(node):
+                return Refusal("the scores are written in place, piece by piece")
+            return None
+        down = self.walk.down(node)
+        if isinstance(down, Stop):
+            return down.refusal if normaliser.kind == "softmax" and _meets_values(node) else None
+        if isinstance(up, Stop):
+            return up.refusal
+        refusal: Refusal | None = None
+        for each in down:
+            read = read_ways(node, normaliser, up, each)
+            if isinstance(read, Reading):
+                return read
+            refusal = refusal or read
+        return refusal if normaliser.kind == "softmax" else None
+
+    def match(self, reading: Reading, path: str) -> Match | Refusal:
+        """The site with its facts, proved."""
+        match = self._described(reading, path)
+        if isinstance(match, Refusal) or match.site.edits:
+            return match
+        try:
+            between(match)
+        except ChangedInPlace:
+            return _kept(match, ["changed_in_place"])
+        except ValueError:
+            pass  # the proof says it
+        refusal = self.proof.check(match)
+        if refusal is None:
+            return match
+        if reading.doubts:
+            return _kept(match, reading.doubts)
+        return refusal
+
+    def _described(self, reading: Reading, path: str) -> Match | Refusal:
+        query, key, value = (value_of(side.node) for side in reading.operands)
+        dtype = value.dtype if value.dtype == query.dtype == key.dtype else None
+        if dtype is None or not dtype.is_floating_point:
+            return Refusal(f"queries, keys and values of types {query.dtype}, {key.dtype} and {value.dtype}")
+        if any(is_parameter(side.node) for side in (reading.key, reading.value)):
+            return Refusal("the keys or values are parameters, which makes this a linear layer")
+        roles = reading.roles()
+        _fix(roles.heads + roles.groups + roles.width + roles.value_width, reading)
+        heads, kv_heads = _count(roles.heads + roles.groups), _count(roles.heads)
+        width, value_width = _count(roles.width), _count(roles.value_width)
+        if heads is None or kv_heads is None or width is None or value_width is None:
+            return Refusal("the number of heads or the head size is symbolic")
+        mask = self._mask(reading)
+        if isinstance(mask, Refusal):
+            return mask
+        adds = {op.kind for op in reading.ops} & {"add", "shift", "keep", "drop"}
+        only_mask = mask.exact and mask.mask == mask.mask.positional and mask.bias == "none" and "shift" not in adds
+        site = AttentionSite(
+            path=path,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=width,
+            v_head_dim=value_width,
+            dtype=str(dtype).removeprefix("torch."),
+            scale=reading.scale,
+            mask=mask.mask,
+            batch=_count(roles.batch),
+            q_len=_count(roles.rows),
+            kv_len=_count(roles.columns),
+            device=query.device.type,
+            softmax_dtype=str(reading.softmax_dtype).removeprefix("torch.") if reading.softmax_dtype else None,
+            dropout_p=reading.dropout_p,
+            bias=mask.bias,
+            softcap=reading.softcap,
+            normaliser=reading.normaliser,
+            sink="learned" if reading.sink is not None else "zero" if reading.zero_sink else None,
+            factor=_factor(reading),
+            edits=tuple(reading.edits),
+            observed=mask.facts,
+            spelling=reading.spelling,
+            source=source_line(reading.output.node),
+        )
+        return Match(
+            site=site,
+            reading=reading,
+            padding=mask.padding,
+            structured=(only_mask and not site.observed) or not adds,
+            spare=only_mask and bool(site.observed),
+            watched_buffers=mask.nodes("buffers"),
+            watched_flags=mask.nodes("flags"),
+        )
+
+    def _mask(self, reading: Reading) -> _Masks | Refusal:
+        """The intersection of all masks, and what else is added."""
+        structure = _call_structure(reading)
+        if isinstance(structure, Refusal):
+            return structure
+        result = _Masks(structure)
+        masks = [op for op in reading.ops if op.kind in ("add", "keep", "drop")]
+        blinds = 0
+        for op in masks:
+            for found in self._terms(reading, op):
+                if isinstance(found, Bias):
+                    result.bias = max(result.bias, found.kind, key=BIASES.index)
+                    result.observed_bias = result.observed_bias or found.observed
+                    continue
+                # One tensor says which keys are tokens.
+                exact = _hides_exactly(reading, op, found) and not (result.padding and found.padding)
+                result.mask = result.mask & (found.mask if exact else Dense())
+                result.exact = result.exact and exact
+                result.padding = found.padding if exact and found.padding else result.padding
+                result.observed += [found] if exact and found.observed else []
+            blinds += len(masks) > 1 and op.number != float("-inf")
+        result.exact = result.exact and not blinds
+        return result
+
+    def _terms(self, reading: Reading, op: Op) -> list[MaskReading | Bias]:
+        """What an operator does to the scores: as a mask, or term by term as masks and kinds of biases."""
+        assert op.tensor is not None
+        roles, number = reading.roles(), reading.fill(op)
+        axes = [[_name(roles, atom) for atom in axis] for axis in op.tensor.layout]
+        place = op.tensor.node, f"{op.kind} {number} {axes}"
+        factor = number if op.kind == "add" else 1.0
+        parts = [Term(op.tensor)]
+        if place not in self.masks:
+            found: list[MaskReading | Bias] = [read_mask(op.tensor, roles, op.kind != "drop", factor)]
+            if found == [MaskReading(Dense())] and op.kind == "add":
+                parts = terms(op.tensor, factor)
+                if len(parts) > 1:
+                    found = [read_mask(part.placed, roles, part.kind != "drop", factor) for part in parts]
+                found = [
+                    (part.kind == "add" and each == MaskReading(Dense()) and read_bias(part.placed, roles)) or each
+                    for part, each in zip(parts, found, strict=True)
+                ]
+            self.masks[place] = [
+                MaskReading(Dense()) if isinstance(each, MaskReading) and each.observed and not self.observe else each
+                for each in found
+            ]
+        known = self.masks[place]
+        parts = parts if len(parts) == len(known) else terms(op.tensor, factor)
+        return [
+            each if isinstance(each, Bias) else placed_again(each, part.placed)
+            for part, each in zip(parts, known, strict=True)
+        ]
 
 
-def _walk_up(node: fx.Node, reading: Reading) -> Refusal | None:
-    """From the scores to the product of queries and keys; None when it arrived."""
-    while True:
-        for pattern in patterns().values():
-            answer = pattern.product(node, reading) if pattern.product else None
-            if answer is node:
-                return None
-            if answer is None and pattern.score is not None:
-                answer = pattern.score(node, reading)
-            if isinstance(answer, Refusal):
-                return answer
-            if answer is not None:
-                node = answer
-                break
-        else:
-            return Refusal(f"the reading of the scores stopped at {_describe(node)}")
+@dataclass
+class _Masks:
+    """What stands above the scores. `exact`: does the mask do to them what its facts say?"""
+
+    mask: Mask
+    padding: Tokens | None = None
+    bias: str = "none"
+    exact: bool = True
+    observed: list[MaskReading] = field(default_factory=list)
+    observed_bias: bool = False
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """What was observed, by name. A bias is always passed as a tensor, so it needs no sentinel."""
+        masks = {fact for found in self.observed for fact in found.observed}
+        return tuple(sorted(masks | ({"bias"} if self.observed_bias else set())))
+
+    def nodes(self, kind: Literal["buffers", "flags"]) -> tuple[fx.Node, ...]:
+        """What has to be looked at in every call."""
+        return tuple(dict.fromkeys(node for found in self.observed for node in getattr(found, kind)))
 
 
-def _walk_down(node: fx.Node, reading: Reading) -> fx.Node | Refusal | None:
-    """From the weights to the product with the values; None where the weights never meet values."""
-    start = node
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            return Refusal("the attention weights are used more than once") if _meets_values(start) else None
-        answer: Answer = None
-        for pattern in patterns().values():
-            answer = pattern.weight(users[0], node, reading) if pattern.weight is not None else None
-            if answer is not None:
-                break
-        if isinstance(answer, Refusal):
-            return answer
-        if answer is None:
-            stopped = Refusal(f"the reading of the weights stopped at {_describe(users[0])}")
-            return stopped if _meets_values(start) else None
-        if reading.value is not None:
-            return answer
-        node = answer
+def _name(roles: Any, atom: Any) -> str:
+    for each in dataclasses.fields(roles):
+        axis = getattr(roles, each.name)
+        if atom in axis:
+            return f"{each.name}{axis.index(atom)}:{atom.size}"
+    return "?"
+
+
+def _kept(match: Match, edits: list[str]) -> Match:
+    site = dataclasses.replace(match.site, edits=(*match.site.edits, *edits))
+    return dataclasses.replace(match, site=site)
+
+
+def _count(axis: Axis) -> int | None:
+    sizes = [atom.size for atom in axis]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    return math.prod(numbers) if len(numbers) == len(sizes) else None
+
+
+def _fix(axis: Axis, reading: Reading) -> None:
+    """Give these atoms a number for a length, where dynamo can guard it."""
+    for atom in axis:
+        for side in reading.operands:
+            for size, own in zip(value_of(side.node).shape, side.placed.layout, strict=True):
+                if own == (atom,) and not isinstance(atom.size, int) and (number := fixed(size)) is not None:
+                    atom.size = number
+
+
+def _factor(reading: Reading) -> str | None:
+    """Over what a tensor that multiplies the scores differs the most."""
+    roles = reading.roles()
+    atoms = {atom for op in reading.factors if op.tensor is not None for atom in op.tensor.atoms}
+    if not reading.factors:
+        return None
+    for name, axis in (("key", roles.columns), ("query", roles.rows), ("head", roles.heads + roles.groups)):
+        if atoms & set(axis):
+            return name
+    return "batch" if atoms else "scalar"
 
 
 def _meets_values(weights: fx.Node) -> bool:
     """Do these weights reach a product within a few steps? Otherwise they are a classifier's or a router's."""
+    return any(True for _ in _products_below(weights))
+
+
+def _products_below(weights: fx.Node) -> Iterator[fx.Node]:
     todo = [(weights, 0)]
     while todo:
         node, depth = todo.pop()
         for user in node.users:
             if user.op == "output":
                 continue
-            if user.target in _VALUE_PRODUCTS:
-                return True
-            if depth < 6:
+            contraction = ask("contraction", user)
+            if contraction is not None:
+                if not is_parameter(contraction.left) and not is_parameter(contraction.right):
+                    yield user
+            elif depth < 6:
                 todo.append((user, depth + 1))
-    return False
 
 
-_VALUE_PRODUCTS = {torch.ops.aten.matmul.default, torch.ops.aten.bmm.default, torch.ops.aten.einsum.default}
-
-
-def _strip_operands(reading: Reading) -> None:
-    """Walk up queries, keys and values. Heads must be shared alike by keys and values, or they stay repeated."""
-    assert reading.query and reading.key and reading.value
-    for side in (reading.query, reading.key, reading.value):
-        _strip(side)
-    if reading.key.groups != reading.value.groups:
-        reading.key, reading.value = reading.key.shared or reading.key, reading.value.shared or reading.value
-    reading.scale *= reading.query.scale * reading.key.scale
-
-
-def _strip(side: Operand) -> None:
-    while True:
-        for pattern in patterns().values():
-            before = dataclasses.replace(side)
-            answer = pattern.operand(side.node, side) if pattern.operand else None
-            if isinstance(answer, fx.Node):
-                side.node = answer
-                if side.groups != before.groups:
-                    side.shared = before
-                break
-        else:
-            return
-
-
-def _describe(node: fx.Node) -> str:
-    where = source_line(node)
-    return f"{node.target}" + (f" ({where})" if where else "")
-
-
-def _static(size: int | torch.SymInt) -> int | None:
-    return size if isinstance(size, int) else None
-
-
-def _match(
-    reading: Reading, output: fx.Node, path: str, masks: dict[tuple[fx.Node, bool], MaskReading]
-) -> Match | Refusal:
-    """The facts of the site, or the one that is missing."""
-    assert reading.query and reading.key and reading.value
-    query, key, value = (value_of(side.node) for side in (reading.query, reading.key, reading.value))
-    if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
-        return Refusal(f"queries, keys and values of rank {query.dim()}, {key.dim()} and {value.dim()}")
-    if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
-        return Refusal(f"queries, keys and values of types {query.dtype}, {key.dtype} and {value.dtype}")
-    if any(is_parameter(side.node) for side in (reading.key, reading.value)):
-        return Refusal("the keys or values are parameters, which makes this a linear layer")
-    heads, kv_heads, v_heads = (1, 1, 1) if query.dim() == 3 else (fixed(t.shape[1]) for t in (query, key, value))
-    kv_axis = -1 if reading.key.transposed else -2
-    width, value_width = fixed(query.shape[-1]), fixed(value.shape[-1])
-    if None in (heads, kv_heads, v_heads, width, value_width):
-        return Refusal("the number of heads or the head size is symbolic")
-    if heads % kv_heads or kv_heads != v_heads:
-        return Refusal(f"{heads} query heads cannot share {kv_heads} key heads and {v_heads} value heads")
-    batches = [str(t.shape[0]) for t in (query, key, value)]  # as text, because a comparison would be guarded
-    if len(set(batches)) > 1:
-        return Refusal(f"queries, keys and values of batch {', '.join(batches)}")
-    q_len, kv_len = query.shape[-2], key.shape[kv_axis]
-    structure = _call_structure(reading, q_len, kv_len)
-    if isinstance(structure, Refusal):
-        return structure
-    mask = MaskReading(structure)
-    if len(reading.terms) == 1:
-        term = reading.terms[0]
-        place = (term.node, term.kind != "drop")
-        if place not in masks:
-            masks[place] = read_mask(*place) if query.dim() == 4 else MaskReading(Dense())
-        found = masks[place] if _hides_exactly(term, masks[place]) else MaskReading(Dense())
-        mask = MaskReading(structure & found.mask, found.padding)
-    elif reading.terms:
-        mask = MaskReading(structure & Dense())
-    site = AttentionSite(
-        path=path,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=width,
-        v_head_dim=value_width,
-        dtype=str(query.dtype).removeprefix("torch."),
-        scale=reading.scale,
-        mask=mask.mask,
-        batch=_static(query.shape[0]),
-        q_len=_static(q_len),
-        kv_len=_static(kv_len),
-        device=query.device.type,
-        softmax_dtype=str(reading.softmax_dtype).removeprefix("torch.") if reading.softmax_dtype else None,
-        dropout_p=reading.dropout_p,
-        spelling=reading.spelling,
-        source=source_line(output),
-    )
-    return Match(site=site, reading=reading, output=output, padding=mask.padding)
-
-
-def _hides_exactly(term: MaskTerm, found: MaskReading) -> bool:
+def _hides_exactly(reading: Reading, op: Op, found: MaskReading) -> bool:
     """Does the term do to the scores what the mask says? A query that sees no key gives 0 there; a finite number in
     place of its scores gives an even mixture of the values. A scale above an additive mask may bring it back into view.
     """
-    finite = term.kind == "add" or term.fill != float("-inf")
-    return not (found.blind and finite) and term.factor >= _LEAST_FACTOR
+    number = reading.fill(op)
+    if op.kind == "add":
+        return not found.blind
+    return number <= HIDDEN and not (found.blind and number != float("-inf"))
 
 
-_LEAST_FACTOR = 1 / 32
 
-
-def _call_structure(reading: Reading, q_len: int | torch.SymInt, kv_len: int | torch.SymInt) -> Mask | Refusal:
+def _call_structure(reading: Reading) -> Mask | Refusal:
     """`is_causal` of a call aligns the first query with the first key."""
     if not reading.causal:
         return Full()
-    offset = q_len - kv_len
-    if isinstance(offset, torch.SymInt):
-        if offset.node.expr != 0:
-            return Refusal("a causal call whose lengths differ by a symbolic number")
-        offset = 0
-    return Causal(int(offset))
+    roles = reading.roles()
+    rows, columns = _count(roles.rows), _count(roles.columns)
+    if rows is not None and columns is not None:
+        return Causal(rows - columns)
+    if [atom.size for atom in roles.rows] != [atom.size for atom in roles.columns]:
+        nodes = [side.node for side in reading.operands]
+        lengths = [math.prod(as_captured(atom.size, nodes) for atom in axis) for axis in (roles.rows, roles.columns)]
+        return Refusal(f"a causal call whose lengths ({lengths[0]} and {lengths[1]}) differ by a symbolic number")
+    return Causal(0)

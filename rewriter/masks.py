@@ -1,253 +1,469 @@
-"""What a mask in the graph means: its positional factors as a `Mask`, and the padding, if that is all that is left.
+"""What a mask in the graph means: its positional factors as a `Mask`, and what it is beyond them.
 
-Factors that depend on positions only (`arange`, constants, sizes) are evaluated and classified from their values.
+The part of the graph that makes the mask is run with real tensors (`rewriter.samples`), at several sizes and for
+several values of the data that it depends on. A mask is of a kind if it is so in all of these: structure & padding
+where every draw is the same matrix with some columns hidden, structure & documents where every draw is a partition,
+and so on.
 Symbolic sizes are evaluated at several values, one of them beyond every constant in the mask, so that a window that is
 wider than the captured input is not taken for a causal mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from rewriter.pattern import constant, is_call, patterns, storage, value_of, written
-from rewriter.site import Causal, Dense, Full, Mask, Padding, SlidingWindow
+from rewriter.axes import Atom, Axis, Layout, Placed, backward, broadcast, refined
+from rewriter.canonical import SizeOf, gathered
+from rewriter.facts import HIDDEN, Roles
+from rewriter.pattern import Step, ask, depends_on_data, is_call, value_of
+from rewriter.samples import (
+    BINARY,
+    FAILURES,
+    FIRST,
+    GENERAL,
+    Part,
+    Sizes,
+    draws,
+    evaluate,
+    fixed_values,
+    number,
+    part_of,
+    size_assignments,
+    sources,
+    symbols_of,
+)
+from rewriter.site import Causal, Chunked, DataChunked, DataPrefix, Dense, Documents, Full, Mask, Padding
+from rewriter.structure import aligned, classify, components, windows
 
-_MOST_ELEMENTS = 1 << 28
-"""No mask larger than this is evaluated (bool elements)."""
-_MOST_TOKENS = 1 << 20
-"""No number in a mask above this is taken for a number of tokens."""
+_SOFTLY_HIDDEN = -50.0
+"""What tells windows apart is often only this much: a fact, and not enough to leave the tensor out."""
+_MOST_SAMPLED = 1 << 24
+"""How many entries of masks are drawn at one size."""
+
+_MOST_COMPARED = 1 << 30
+"""How many entries are compared to find where blocks begin."""
 
 _ATEN = torch.ops.aten
-_LIKE = (_ATEN.new_ones, _ATEN.new_zeros, _ATEN.new_full)
+Test = Literal["true", "false", "nonzero", "zero", "above"]
+
+
+@dataclass(frozen=True)
+class Tokens(Placed):
+    """A tensor that says which keys are tokens: where it is True, False, not 0, 0, or hides nothing when it is added
+    `factor` times. Where it has axes of queries or heads, a token is what any of them sees.
+    """
+
+    test: Test = field(default="true")
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class MaskReading:
-    """`mask` as facts. `padding` is the bool node (B or 1, 1, 1, Skv) of such a factor, True on tokens."""
+    """`mask` as facts; `padding` is where such a factor stands. `observed` names what holds for the values that were
+    seen and has to be asked again in every call: "mask" (`buffers` hold what they held), "binary" (`flags` are 0 or 1).
+    """
 
     mask: Mask
-    padding: fx.Node | None = None
+    padding: Tokens | None = None
     blind: bool = False
     """Does the positional part hide every key from some query?"""
+    observed: tuple[str, ...] = ()
+    buffers: tuple[fx.Node, ...] = ()
+    flags: tuple[fx.Node, ...] = ()
 
 
-def read_mask(node: fx.Node, keep: bool = True) -> MaskReading:
-    """Take a mask apart. `keep` is the polarity of a bool mask: does True mean visible?"""
-    dense = MaskReading(Dense())
-    if value_of(node).dtype != torch.bool and not _patterns_factors(node):
-        return dense
-    leaves = _leaves(node, keep)
-    positional = [leaf for leaf in leaves if _is_positional(leaf[0])]
-    others = [leaf for leaf in leaves if leaf not in positional]
-    if any(value_of(leaf).dtype != torch.bool for leaf, _ in leaves) or len(others) > 1:
-        return dense
-    order = _upstream([leaf for leaf, _ in leaves])
-    if _changed_aside(order):
-        return dense
-    structure, blind = _classify_all(positional) if positional else (Full(), False)
-    if structure is None:
-        return dense
-    if not others:
-        return MaskReading(structure, blind=blind)
-    leaf, polarity = others[0]
-    if not polarity or not _is_padding(leaf):
-        return dense
-    return MaskReading(structure & Padding(), leaf, blind)
+_DENSE = MaskReading(Dense())
 
 
-def _changed_aside(order: list[fx.Node]) -> bool:
-    """Is one of these tensors changed in place through a view, unseen by those who read it?"""
-    own, known = {storage(node) for node in order} - {None}, set(order)
-    graph = order[0].graph.nodes if order else ()
-    return any(node not in known and own & {storage(target) for target in written(node)} for node in graph)
-
-
-def _patterns_factors(node: fx.Node) -> list[tuple[fx.Node, bool]] | None:
-    for pattern in patterns().values():
-        found = pattern.factors(node) if pattern.factors else None
-        if found is not None:
-            return found
-    return None
-
-
-def _leaves(node: fx.Node, keep: bool) -> list[tuple[fx.Node, bool]]:
-    """The factors of a conjunction. Below a negation there is a disjunction, so it is not taken apart further."""
-    if is_call(node, _ATEN.new_ones, _ATEN.ones) and keep:
-        return []
-    found = _patterns_factors(node)
-    if found is None or (not keep and len(found) > 1):
-        return [(node, keep)]
-    return [leaf for source, polarity in found for leaf in _leaves(source, keep == polarity)]
-
-
-def _is_padding(node: fx.Node) -> bool:
-    shape = value_of(node).shape
-    return len(shape) == 4 and shape[1] == 1 and shape[2] == 1 and shape[3] != 1
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values go into this one. A size, or a tensor that only lends its type, lends no values."""
-    if isinstance(node.meta.get("val"), (torch.SymInt, int)):
-        return []
-    if is_call(node, *_LIKE):
-        return [source for source in node.all_input_nodes if source is not node.args[0]]
-    return node.all_input_nodes
-
-
-def _upstream(nodes: list[fx.Node]) -> list[fx.Node]:
-    """All nodes that these are made from and themselves, in the order of the graph."""
-    needed, todo = set(nodes), list(nodes)
-    while todo:
-        for source in _sources(todo.pop()):
-            if source not in needed:
-                needed.add(source)
-                todo.append(source)
-    return [node for node in nodes[0].graph.nodes if node in needed] if nodes else []
-
-
-def _is_positional(node: fx.Node) -> bool:
-    """Made from nothing but `arange`, constants and sizes, without chance?"""
-    todo, seen = [node], {node}
-    while todo:
-        current = todo.pop()
-        if isinstance(current.meta.get("val"), (torch.SymInt, int)):
-            continue
-        if current.op == "placeholder" or (current.op == "get_attr" and constant(current) is None):
-            return False
-        if torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
-            return False
-        todo += [source for source in _sources(current) if source not in seen]
-        seen.update(_sources(current))
-    return True
-
-
-def _classify_all(leaves: list[tuple[fx.Node, bool]]) -> tuple[Mask | None, bool]:
-    """The conjunction of positional factors, and whether it hides every key from some query.
-
-    It is classified from its values at the largest sizes, where every window shows, and must agree with them at others.
+def read_mask(placed: Placed, roles: Roles, keep: bool = True, factor: float = 1.0) -> MaskReading:
+    """Take a mask apart. `keep` is the polarity of a bool mask: does True mean visible? `factor` is what a mask that is
+    added is multiplied by on its way into the scores.
     """
-    nodes = [leaf for leaf, _ in leaves]
-    order = _upstream(nodes)
+    dtype = value_of(placed.node).dtype
+    part = part_of(placed.node) if dtype == torch.bool or dtype.is_floating_point else None
+    if part is None or part.weights or any(_is_opaque(leaf) for leaf in part.data):
+        return _DENSE
+    layouts = layouts_above(placed)
+    roles = as_divided(roles)
+    if any({*roles.rows} & own and {*roles.columns} & own for own in (_atoms(layouts.get(leaf)) for leaf in part.data)):
+        return _DENSE  # given as it is
+    view = Plane(placed, roles, keep, factor)
+    found = _read(part, view, layouts, GENERAL if part.data else ("zeros",))
+    flags: tuple[fx.Node, ...] = ()
+    if found is None and part.data and any(value_of(leaf).dtype != torch.bool for leaf in part.data):
+        found = _read(part, view, layouts, BINARY)
+        flags = tuple(leaf for leaf in part.data if value_of(leaf).dtype != torch.bool)
+    if found is None:
+        return _DENSE
+    observed = (("mask",) if part.buffers else ()) + (("binary",) if flags else ())
+    return replace(found, observed=observed, buffers=part.buffers, flags=flags)
+
+
+def placed_again(reading: MaskReading, placed: Placed) -> MaskReading:
+    """The reading of the same tensor in another attention, where its axes have other atoms."""
+    tokens = reading.padding
+    if tokens is None:
+        return reading
+    layout = layouts_above(placed).get(tokens.node)
+    return replace(reading, padding=replace(tokens, axes=layout)) if layout is not None else _DENSE
+
+
+def tokens_at(emit: Any, tokens: Tokens, value: Any, roles: Roles, size: SizeOf, full: Sequence[bool]) -> Any:
+    """bool (B, Skv), True on tokens. `full` says whether axes that the tensor lacks are as long as they could be."""
+    roles = as_divided(roles)
+    if tokens.test == "above":
+        value = emit(_ATEN.mul.Tensor, value, tokens.factor) if tokens.factor != 1 else value
+        value = emit(_ATEN.gt.Scalar, value, HIDDEN)
+    elif tokens.test != "true":
+        operators = {"false": _ATEN.logical_not.default, "nonzero": _ATEN.ne.Scalar, "zero": _ATEN.eq.Scalar}
+        value = emit(operators[tokens.test], value, *(() if tokens.test == "false" else (0,)))
+    if set(tokens.atoms) <= {*roles.batch, *roles.columns}:
+        return gathered(emit, value, tokens.layout, (roles.batch, roles.columns), size, full)
+    groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.columns)
+    whole = gathered(emit, value, tokens.layout, groups, size, (full[0], False, False, full[1]))
+    return emit(_ATEN.any.dims, whole, [1, 2])
+
+
+def as_divided(roles: Roles) -> Roles:
+    """The roles in atoms as they are divided now: taking a mask apart may cut an axis."""
+    return Roles(**{each.name: refined(getattr(roles, each.name)) for each in fields(roles)})
+
+
+# --- axes above a mask -----------------------------------------------------------------------------------------------
+
+
+def layouts_above(placed: Placed) -> dict[fx.Node, Layout]:
+    """The axes of what a mask is made from, as far as elementwise operators and views reach."""
+    found: dict[fx.Node, Layout] = {placed.node: placed.layout}
+    todo = [placed.node]
+    while todo:
+        node = todo.pop(0)
+        for source, layout in _above(node, found[node]):
+            if layout is not None and source not in found:
+                found[source] = layout
+                todo.append(source)
+    return found
+
+
+def _above(node: fx.Node, layout: Layout) -> list[tuple[fx.Node, Layout | None]]:
+    tensors = [source for source in sources(node) if isinstance(source.meta.get("val"), Tensor)]
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *_KEEP_SHAPE):
+        return [(source, broadcast(source, layout)) for source in tensors]
+    steps = ask("element", node)
+    if isinstance(steps, Step) and steps.view is not None:
+        return [(steps.source, backward(steps.source, steps.view, layout))]
+    if is_call(node, _ATEN.slice) and [*value_of(node).shape] == [*value_of(tensors[0]).shape]:
+        return [(tensors[0], layout)]
+    return []
+
+
+_KEEP_SHAPE = (
+    _ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.expand, _ATEN.expand_as, _ATEN.detach,
+    _ATEN.__and__, _ATEN.__or__, _ATEN.where, _ATEN.masked_fill, _ATEN.type_as,
+)  # fmt: skip
+
+
+def _atoms(layout: Layout | None) -> set[Atom]:
+    return {atom for axis in layout or () for atom in axis}
+
+
+def _is_opaque(leaf: fx.Node) -> bool:
+    """A number that a model computed from its input is no mask."""
+    return leaf.op not in ("placeholder", "get_attr")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How the values of what is added to the scores are looked at: as (B, H, Sq, Skv), with the axes of batch and heads
+    that it has.
+    """
+
+    placed: Placed
+    roles: Roles
+    keep: bool = True
+    factor: float = 1.0
+
+    @property
+    def groups(self) -> tuple[Axis, Axis, Axis, Axis]:
+        """Atoms by role; of batch and heads those that the mask has."""
+        own, roles = set(self.placed.atoms), as_divided(self.roles)
+        batch, heads = (tuple(a for a in axis if a in own) for axis in (roles.batch, roles.heads + roles.groups))
+        return batch, heads, roles.rows, roles.columns
+
+    @property
+    def few(self) -> set[sympy.Symbol]:
+        """The symbols of batch sizes."""
+        roles = as_divided(self.roles)
+        return symbols_of(roles.batch) - symbols_of(roles.rows + roles.columns + roles.heads + roles.groups)
+
+    def number(self, value: Tensor, sizes: Sizes) -> Tensor:
+        """The mask in four axes."""
+        full = (False, False, True, True)
+        result = gathered(_run, value, self.placed.layout, self.groups, lambda atom: number(atom, sizes), full)
+        assert isinstance(result, Tensor)
+        return result.expand(-1, -1, *(_product([number(a, sizes) for a in axis]) for axis in self.groups[2:]))
+
+    def visible(self, value: Tensor, sizes: Sizes) -> tuple[Tensor | None, bool]:
+        """bool (B, H, Sq, Skv), and whether what is hidden is hidden for certain. None where it is more than a mask."""
+        value = self.number(value, sizes)
+        if value.dtype == torch.bool:
+            return (value if self.keep else ~value), True
+        added = value.to(torch.promote_types(value.dtype, torch.float32)) * self.factor
+        seen, hidden = added == 0, added <= _SOFTLY_HIDDEN
+        return (seen, bool((seen | (added <= HIDDEN)).all())) if bool((seen | hidden).all()) else (None, False)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _run(operator: Any, *args: Any) -> Any:
+    return operator(*args)
+
+
+@dataclass
+class _Sample:
+    """What was drawn at one size: bool (B, H, Sq, Skv) for each draw, and the values that it was made from."""
+
+    sizes: Sizes
+    seen: list[Tensor]
+    values: list[dict[fx.Node, Any]]
+
+
+def _read(part: Part, view: Plane, layouts: dict[fx.Node, Layout], kinds: Sequence[str]) -> MaskReading | None:
+    samples: list[_Sample] = []
+    certain = True
+    candidates = _token_candidates(view, layouts) if part.data else []
+    wanted = [each.node for each in candidates]
+    for alternatives in size_assignments(part, view.few):
+        tried = (_sampled(part, view, sizes, kinds, wanted) for sizes in alternatives)
+        drawn = next((each for each in tried if each is not None), None)
+        if drawn is None:
+            return None
+        samples.append(drawn[0])
+        certain = certain and drawn[1]
+    if not part.data:
+        return _constant(samples, certain)
+    found = _of_data(samples) if certain else None
+    if found is None or not found.mask.has(Padding):
+        return found
+    return replace(found, padding=_tokens(samples, candidates, view))
+
+
+def _sampled(
+    part: Part, view: Plane, sizes: Sizes, kinds: Sequence[str], wanted: Sequence[fx.Node]
+) -> tuple[_Sample, bool] | None:
+    """Draws that the mask fails on are left out, as no call can be like them. None where it is no mask."""
+    try:
+        fixed = fixed_values(part, sizes)
+    except FAILURES:
+        return None
+    sample, certain, entries = _Sample(sizes, [], []), True, 0
+    for given in draws(part, sizes, kinds):
+        if entries > _MOST_SAMPLED and len(sample.seen) >= FIRST:
+            break
+        try:
+            values = evaluate(part, sizes, given, fixed)
+            seen, sure = view.visible(values[view.placed.node], sizes)
+        except FAILURES:
+            continue
+        if seen is None:
+            return None
+        entries += seen.numel()
+        certain = certain and sure
+        sample.seen.append(seen)
+        sample.values.append({node: values[node] for node in wanted if node in values})
+    return (sample, certain) if sample.seen else None
+
+
+def _constant(samples: list[_Sample], certain: bool) -> MaskReading | None:
+    """A mask of positions alone: classified at the largest sizes, where every window shows, it must agree at others."""
     found: Mask | None = None
     blind = False
-    for sizes in _size_assignments(order):
-        try:
-            values = _evaluate(order, sizes)
-        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError, _TooLarge):
-            return None, False
-        seen = torch.ones((), dtype=torch.bool)
-        for leaf, polarity in leaves:
-            seen = seen & (values[leaf] if polarity else ~values[leaf])
-        seen = _only(seen)
-        mask = classify(seen)
+    for sample in samples:
+        seen = sample.seen[0].flatten(0, 1)
+        if not bool((seen == seen[:1]).all()):
+            rolled = windows(seen) if len(samples) == 1 else None
+            return MaskReading(rolled) if rolled is not None else None
+        if not certain:
+            return None
+        mask = classify(seen[0])
         found = mask if found is None else found
-        if mask is None or found is None or not (mask == found or _agrees(found, seen)):
-            return None, False
-        blind = blind or not bool(seen.any(-1).all())
-    return found, blind
+        if mask is None or found is None or not _agrees(found, seen[0]):
+            return None
+        blind = blind or not bool(seen[0].any(-1).all())
+    return MaskReading(found, blind=blind) if found is not None else None
 
 
 def _agrees(mask: Mask, seen: Tensor) -> bool:
-    return seen.dim() == 2 and torch.equal(mask.visible(seen.shape[0], seen.shape[1], seen.device), seen)
+    return torch.equal(mask.visible(seen.shape[0], seen.shape[1], seen.device), seen)
 
 
-def _only(visible: Tensor) -> Tensor:
-    """bool[Sq, Skv] where the batches and heads in front are all alike."""
-    if visible.dim() <= 2:
-        return visible
-    flat = visible.flatten(0, -3)
-    return flat[0] if bool((flat == flat[:1]).all()) else visible
+def _of_data(samples: list[_Sample]) -> MaskReading | None:
+    """A structure and what the data hides of it."""
+    found: Mask | None = None
+    blind = False
+    chosen: Mask | None = None
+    for sample in samples:
+        if any(seen.shape[1] > 1 and not bool((seen == seen[:, :1]).all()) for seen in sample.seen):
+            return None
+        seen = [each[:, 0] for each in sample.seen]
+        if all(torch.equal(each, seen[0]) for each in seen):
+            return None  # What the data does to it was not seen.
+        whole = torch.stack([each.any(0) for each in seen]).any(0)
+        structure = classify(whole) if found is None else found.positional
+        mask = structure & Padding() if structure is not None and _is_padded(seen, structure) else None
+        if mask is None and chosen is None:
+            options = (_prefix(seen), *_chunked(seen), *_documents(seen, structure))
+            mask = chosen = next((each for each in options if each is not None), None)
+        elif mask is None and chosen is not None:
+            mask = chosen if _still(chosen, seen) else None
+        found = found or mask
+        if mask is None or found is None or (mask != found and chosen is None):
+            return None
+        blind = blind or not bool(whole.any(-1).all())
+    return MaskReading(found, blind=blind) if found is not None else None
 
 
-def classify(visible: Tensor) -> Mask | None:
-    """The positional mask with these values, bool[Sq, Skv]; None if it is no band of ages."""
-    if bool(visible.all()):
-        return Full()
-    if visible.dim() != 2:
+def _is_padded(seen: list[Tensor], structure: Mask) -> bool:
+    """Is each draw, bool (B, Sq, Skv), this structure with some keys hidden?"""
+    whole = torch.stack([each.any(0) for each in seen]).any(0)
+    return _agrees(structure, whole) and all(torch.equal(each, whole & each.any(-2, keepdim=True)) for each in seen)
+
+
+def _prefix(seen: list[Tensor]) -> Mask | None:
+    """A causal mask, and keys at the beginning that are visible to all."""
+    least = torch.stack([each.all(0) for each in seen]).all(0)
+    if least.shape[0] == 1 or not _agrees(Causal(0), least):
         return None
-    q_len, kv_len = visible.shape
-    count = visible.sum(-1)
-    shown = count > 0
-    if not bool(shown.any()):
+    for each in seen:
+        keys = each.all(-2)
+        if not torch.equal(each, least | keys[:, None, :]) or bool((keys[:, 1:] & ~keys[:, :-1]).any()):
+            return None
+    return DataPrefix()
+
+
+def _chunked(seen: list[Tensor], chunk: DataChunked | None = None) -> Iterator[Mask]:
+    """Blocks of one size, each batch row's with a beginning of its own."""
+    sizes = {part.size for each in seen for part in (classify(each[0]) or Full()).parts() if isinstance(part, Chunked)}
+    for size in [chunk.size] if chunk is not None else sorted(sizes):
+        for band in (Causal(), Full()):
+            kinds = [_blocks(each, band, size) for each in seen]
+            if all(kind is not None for kind in kinds):
+                yield band & DataChunked(size) & (Padding() if any(kinds) else Full())
+
+
+def _blocks(seen: Tensor, band: Mask, size: int) -> bool | None:
+    """Are there tokens that are hidden besides? None where it is not a mask of blocks of this size."""
+    q_len, kv_len = seen.shape[-2:]
+    if q_len > kv_len or size * seen.numel() > _MOST_COMPARED:
         return None
-    # Row by row, because a table of ages would take eight times the memory of the mask.
-    first = visible.to(torch.uint8).argmax(-1)
-    last = kv_len - 1 - visible.flip(-1).to(torch.uint8).argmax(-1)
-    place = torch.arange(q_len, device=visible.device) + (kv_len - q_len)
-    high, low = int((place - first)[shown].max()), int((place - last)[shown].min())
-    begin, end = (place - high).clamp(min=0), (place - low).clamp(max=kv_len - 1)
-    is_band = torch.where(begin <= end, (first == begin) & (last == end) & (count == end - begin + 1), ~shown)
-    if not bool(is_band.all()):
+    keys = torch.arange(kv_len, device=seen.device)
+    whole, tokens = band.visible(q_len, kv_len, seen.device), seen.any(-2)
+    fits = torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
+    for offset in range(size):
+        blocks = whole & aligned((keys + offset) // size, q_len)
+        fits |= (seen == (blocks & tokens[:, None, :])).flatten(1).all(-1)
+    return not bool(tokens[:, kv_len - q_len :].all()) if bool(fits.all()) else None
+
+
+def _documents(seen: list[Tensor], structure: Mask | None) -> Iterator[Mask]:
+    """Tokens of one segment see each other, under a structure that is the same for all draws."""
+    for band in dict.fromkeys((structure or Full(), Causal(), Full())):
+        kinds = [_segments(each, band) for each in seen]
+        if all(kind is not None for kind in kinds) and any(kind and kind[0] for kind in kinds):
+            yield band & Documents() & (Padding() if any(kind and kind[1] for kind in kinds) else Full())
+
+
+def _segments(seen: Tensor, band: Mask) -> tuple[bool, bool] | None:
+    """Is bool (B, Sq, Skv) of more than one segment, and are there hidden tokens? None where it is no partition."""
+    q_len, kv_len = seen.shape[-2:]
+    if q_len > kv_len:
         return None
-    youngest, oldest = int(kv_len - q_len) - (kv_len - 1), kv_len - 1
-    right = -low if low > youngest else 0 if q_len == 1 else None
-    left = high if high < oldest else None
-    if left is None:
-        return Full() if right is None else Causal(right)
-    return SlidingWindow(left, right)
+    whole = band.visible(q_len, kv_len, seen.device)
+    together = aligned(components(seen), q_len)
+    # A token that does not see itself is seen by nobody.
+    tokens = torch.ones(len(seen), kv_len, dtype=torch.bool, device=seen.device)
+    tokens[:, kv_len - q_len :] = seen.diagonal(kv_len - q_len, -2, -1) | ~whole.diagonal(kv_len - q_len)
+    if not torch.equal(seen, whole & together & tokens[:, None, :]):
+        return None
+    both = tokens[:, kv_len - q_len :, None] & tokens[:, None, :]
+    return bool((whole & both & ~together).any()), not bool(tokens.all())
 
 
-class _TooLarge(Exception):
-    pass
+def _still(mask: Mask, seen: list[Tensor]) -> bool:
+    """Is it so at this size too, where there may be less to see?"""
+    band = mask.positional
+    if mask.has(DataPrefix):
+        return _prefix(seen) is not None
+    for part in mask.parts():
+        if isinstance(part, DataChunked):
+            return any(found.positional == band for found in _chunked(seen, part))
+    return all(_segments(each, band) is not None for each in seen)
 
 
-def _expression(value: Any) -> sympy.Expr | int:
-    return value.node.expr if isinstance(value, torch.SymInt) else int(value)
+# --- padding ---------------------------------------------------------------------------------------------------------
 
 
-def _symints(order: list[fx.Node]) -> list[torch.SymInt]:
-    found = [n.meta.get("val") for n in order]
-    found += [size for v in found if isinstance(v, Tensor) for size in v.shape]
-    return [v for v in found if isinstance(v, torch.SymInt)]
+def _token_candidates(view: Plane, layouts: dict[fx.Node, Layout]) -> list[Tokens]:
+    """Tensors over the keys, and perhaps the batch, that the mask is made from, the nearest first."""
+    roles = as_divided(view.roles)
+    found = []
+    for node, layout in layouts.items():
+        own = _atoms(layout)
+        if own & {*roles.columns} and own <= {*roles.columns, *roles.batch} and depends_on_data(node):
+            found.append(Tokens(node, layout))
+    return sorted(found, key=lambda each: value_of(each.node).dtype != torch.bool)
 
 
-def _size_assignments(order: list[fx.Node]) -> list[Mapping[sympy.Symbol, int]]:
-    """Values for the symbols: all beyond the largest constant in the mask; each a little larger; and as captured."""
-    symints = _symints(order)
-    symbols = sorted({s for v in symints for s in v.node.expr.free_symbols}, key=str)
-    if not symbols:
-        return [{}]
-    shape_env = symints[0].node.shape_env
-    assert shape_env is not None
-    hints = {s: int(shape_env.backed_var_to_val.get(s, 8)) for s in symbols}
-    numbers = [constant(value) for node in order for value in (node, *node.args, *node.kwargs.values())]
-    beyond = max((abs(int(n)) for n in numbers if n is not None and abs(n) < _MOST_TOKENS), default=0) + 13
-    return [
-        {s: max(hint, beyond) + i for i, (s, hint) in enumerate(hints.items())},
-        {s: hint + 3 + 2 * i for i, (s, hint) in enumerate(hints.items())},
-        hints,
-    ]
+def _tokens(samples: list[_Sample], candidates: list[Tokens], view: Plane) -> Tokens:
+    """Where the padding stands: a tensor that in all draws hides what the mask hides, or the mask itself."""
+    for candidate in candidates:
+        tests: tuple[Test, ...] = ("true", "false") if _is_bool(candidate.node) else ("nonzero", "zero", "above")
+        for test in tests:
+            tokens = replace(candidate, test=test, factor=view.factor)
+            if all(_hides(sample, tokens, view) for sample in samples):
+                return tokens
+    if _is_bool(view.placed.node):
+        return Tokens(view.placed.node, view.placed.layout, "true" if view.keep else "false")
+    return Tokens(view.placed.node, view.placed.layout, "above", view.factor)
 
 
-def _evaluate(order: list[fx.Node], sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any]:
-    """Run the nodes with real tensors; sizes come from their expressions, so that related sizes stay related."""
-    values: dict[fx.Node, Any] = {}
+def _is_bool(node: fx.Node) -> bool:
+    return value_of(node).dtype == torch.bool
 
-    def concrete(source: fx.Node) -> Any:
-        # What is not among the values only lends a type.
-        return values[source] if source in values else torch.empty(0, dtype=value_of(source).dtype)
 
-    for node in order:
-        held = node.meta.get("val")
-        if isinstance(held, (torch.SymInt, int)) and not isinstance(held, bool):
-            expression = _expression(held)
-            values[node] = expression if isinstance(expression, int) else int(expression.subs(sizes))
-        elif node.op == "get_attr":
-            values[node] = getattr(node.graph.owning_module, str(node.target)).clone()
-        else:
-            shape = held.shape if isinstance(held, Tensor) else ()
-            count = 1
-            for size in shape:
-                expression = _expression(size)
-                count *= expression if isinstance(expression, int) else int(expression.subs(sizes))
-            if count > _MOST_ELEMENTS:
-                raise _TooLarge
-            assert callable(node.target)
-            values[node] = node.target(*fx.map_arg(node.args, concrete), **fx.map_arg(node.kwargs, concrete))
-    return values
+def _hides(sample: _Sample, tokens: Tokens, view: Plane) -> bool:
+    whole = torch.stack([each.any(0)[0] for each in sample.seen]).any(0)
+    own = set(view.placed.atoms)
+    roles = as_divided(view.roles)
+    roles = replace(roles, batch=tuple(atom for atom in roles.batch if atom in own))
+    for seen, values in zip(sample.seen, sample.values, strict=True):
+        if tokens.node not in values:
+            return False
+        size = _sizes(sample.sizes)
+        try:
+            shown = tokens_at(_run, tokens, values[tokens.node], roles, size, (False, True))
+        except (RuntimeError, ValueError):
+            return False
+        if not torch.equal(seen[:, 0], (whole & shown[:, None, :]).expand_as(seen[:, 0])):
+            return False
+    return True
+
+
+def _sizes(sizes: Sizes) -> SizeOf:
+    return lambda atom: number(atom, sizes)
+
+

@@ -1,14 +1,14 @@
 """What a file in `patterns/` declares: one element of how attention is spelled in graphs.
 
-The walk (`rewriter.detect`) starts at a normaliser, goes up to the product of queries and keys and down to the product
-with the values, and asks the patterns at every node. A pattern answers with the node to go on from, with a `Refusal`
-(this is mine, and it cannot be taken), or with None (not mine). Facts go into the `Reading`.
+The walk (`rewriter.walk`) starts at a normaliser, goes up to the product of queries and keys and down to the product
+with the values, and asks the patterns what each node is. A pattern answers with a description, with a `Refusal` (this
+is mine, and it cannot be taken), or with None (not mine).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -16,78 +16,128 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
 
+from rewriter.axes import View
 from rewriter.site import Refusal
 from rewriter.variant import modules_of
 
-Answer = fx.Node | Refusal | None
 
+@dataclass(frozen=True)
+class Contraction:
+    """out[...] = alpha * sum left[...] * right[...] (+ addend), with a label for each axis of each tensor.
 
-@dataclass
-class Operand:
-    """A query, key or value as the walk strips it: node * scale, its last two axes swapped, its heads repeated.
-
-    `shared` is the operand as it was above the repetition of its heads.
+    With an `edit` it is another function of the two along the axis that is summed. A label that the output lacks is
+    summed over. An axis of size 1 whose label is longer elsewhere is broadcast.
     """
 
-    role: Literal["query", "key", "value"]
-    node: fx.Node
-    scale: float = 1.0
-    transposed: bool = False
-    groups: int = 1
-    shared: Operand | None = None
+    left: fx.Node
+    right: fx.Node
+    left_labels: tuple[Any, ...]
+    right_labels: tuple[Any, ...]
+    out_labels: tuple[Any, ...]
+    alpha: float = 1.0
+    addend: fx.Node | None = None
+    beta: float = 1.0
+    edit: str = ""
+
+
+Kind = Literal[
+    "same", "view", "scale", "shift", "add", "mul", "div", "keep", "drop", "cap", "sink", "slice", "dropout", "guard",
+    "edit",
+]
 
 
 @dataclass(frozen=True)
-class MaskTerm:
-    """One mask in the scores. "add": additive; "keep": bool, True is visible; "drop": bool, True is hidden.
+class Step:
+    """One element, as a node makes it from `source`.
 
-    `factor` multiplies an additive mask (a scale that stands above it); `fill` is what a hidden score becomes.
+    same      no change of the mathematics: a copy, a cast
+    view      the axes move: `view`
+    scale     times `number`
+    shift     plus `number`
+    add       plus `number` times `tensor`
+    mul, div  times `tensor`, or divided by it
+    keep      where the bool `tensor` is False, `number` instead
+    drop      where the bool `tensor` is True, `number` instead
+    cap       tanh
+    sink      one more column along `axis`: `tensor`, or zeros where that is None
+    slice     a part of `axis`; one place of it, so that the axis is gone, where `number` is 0
+    dropout   with probability `number`
+    guard     no change where no row is without a key: `name`
+    edit      understood, and outside of the canonical operator: `name`. It may mix along `axis`
     """
 
-    kind: Literal["add", "keep", "drop"]
-    node: fx.Node
-    factor: float = 1.0
-    fill: float = float("-inf")
+    kind: Kind
+    source: fx.Node
+    tensor: fx.Node | None = None
+    number: float = 1.0
+    view: View | None = None
+    axis: int | None = None
+    name: str = ""
 
 
-@dataclass
-class Reading:
-    """All that has been read of one attention so far."""
+@dataclass(frozen=True)
+class Normaliser:
+    """weights = normalise(scores) along `axis`. With `zero_sink` the sum has one more term, exp(0). An `edit` says what
+    the canonical operator does not do in this way.
+    """
 
-    query: Operand | None = None
-    key: Operand | None = None
-    value: Operand | None = None
-    scale: float = 1.0
-    terms: list[MaskTerm] = field(default_factory=list)
+    scores: fx.Node
+    axis: int
+    kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    dtype: torch.dtype | None = None
+    zero_sink: bool = False
+    edit: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An attention that is one node already: operands in (..., S, D), its mask and its numbers."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: fx.Node | None = None
     causal: bool = False
-    softmax_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
     spelling: str = "eager"
+    grouped: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """One element of the grammar. Every role is optional.
+    """One element of the grammar. Every role is optional, and None means "not mine".
 
-    call        an attention that is one node already; fills the reading and returns the output node
-    normaliser  weights -> the scores below it
-    score       scores -> the scores below an element (scale, mask, cast, ...)
-    product     scores -> the node itself, with query and key filled in
-    operand     a query, key or value -> what it was made from
-    weight      (user of the weights, weights, reading) -> the next weights, or the output where the values come in
-    factors     a bool mask -> the masks whose conjunction it is, with their polarity (True: as they are)
-    examples    functions (query, key, value, mask) -> out that use this spelling; `mask` is bool, True is visible
+    call         an attention that is one node already
+    normaliser   the node whose values are attention weights
+    element      a node as a step from the tensor below it: of scores, of weights, or of queries, keys and values.
+                 Several steps are alternatives
+    contraction  a product of two tensors, summed over shared axes
+    factors      a bool mask -> the masks whose conjunction it is, with their polarity (True: as they are)
+    examples     functions (query, key, value, mask) -> out that use this spelling; `mask` is bool, True is visible
     """
 
     name: str
-    call: Callable[[fx.Node, Reading], Answer] | None = None
-    normaliser: Callable[[fx.Node, Reading], Answer] | None = None
-    score: Callable[[fx.Node, Reading], Answer] | None = None
-    product: Callable[[fx.Node, Reading], Answer] | None = None
-    operand: Callable[[fx.Node, Operand], Answer] | None = None
-    weight: Callable[[fx.Node, fx.Node, Reading], Answer] | None = None
+    call: Callable[[fx.Node], Call | Refusal | None] | None = None
+    normaliser: Callable[[fx.Node], Normaliser | Refusal | None] | None = None
+    element: Callable[[fx.Node], Step | Sequence[Step] | Refusal | None] | None = None
+    contraction: Callable[[fx.Node], Contraction | None] | None = None
     factors: Callable[[fx.Node], list[tuple[fx.Node, bool]] | None] | None = None
     examples: Sequence[Callable[..., Tensor]] = ()
+
+
+def ask(role: str, node: fx.Node) -> Any:
+    """The first answer to a role's question about this node, or None."""
+    for pattern in _asked(role):
+        answer = pattern(node)
+        if answer is not None:
+            return answer
+    return None
+
+
+@cache
+def _asked(role: str) -> tuple[Callable[[fx.Node], Any], ...]:
+    return tuple(getattr(each, role) for each in patterns().values() if getattr(each, role) is not None)
 
 
 @cache
@@ -186,6 +236,12 @@ def constant(value: Any) -> float | None:
         return 0.0
     if is_call(value, _ATEN.to, _ATEN.expand, _ATEN.lift_fresh_copy, _ATEN.detach_, _ATEN.clone, _ATEN.alias):
         return constant(value.args[0])
+    if is_call(value, _ATEN.sqrt, _ATEN.rsqrt, _ATEN.reciprocal):
+        inner = constant(value.args[0])
+        if inner is None or inner <= 0:
+            return None
+        power = 0.5 if is_call(value, _ATEN.sqrt) else -0.5 if is_call(value, _ATEN.rsqrt) else -1.0
+        return float(inner**power)
     if isinstance(value, fx.Node) and value.op == "get_attr" and not value.meta.get("is_state"):
         held = getattr(value.graph.owning_module, str(value.target), None)
         if isinstance(held, torch.Tensor) and held.numel() == 1:
@@ -200,6 +256,35 @@ def is_parameter(node: fx.Node) -> bool:
     if node.op not in ("placeholder", "get_attr"):
         return False
     return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+
+
+def mark_data(graph: fx.Graph) -> None:
+    """Note at every node whether its value depends on what the model is called with, beyond sizes and weights."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+            node.meta["from_data"] = is_tensor and not (node.meta.get("is_parameter") or node.meta.get("is_buffer"))
+        else:
+            node.meta["from_data"] = any(source.meta.get("from_data") for source in node.all_input_nodes)
+
+
+def depends_on_data(node: fx.Node) -> bool:
+    """Does the value differ with what the model is called with? (`mark_data` has to have run.)"""
+    return bool(node.meta.get("from_data"))
+
+
+def is_bias(node: fx.Node, limit: int = 400) -> bool:
+    """Is this made from weights, or from a product, and so more than a mask?"""
+    seen, todo = {node}, [node]
+    while todo and len(seen) < limit:
+        current = todo.pop()
+        if is_parameter(current) or is_call(current, *PRODUCTS, _ATEN.linear):
+            return True
+        for source in current.all_input_nodes:
+            if source not in seen and isinstance(source.meta.get("val"), Tensor):
+                seen.add(source)
+                todo.append(source)
+    return False
 
 
 def comes_from_product(node: fx.Node, limit: int = 400) -> bool:

@@ -109,7 +109,7 @@ class Plan:
             variant, target = variants().get(name), Target.current(site.device)
             if variant is None:
                 raise PlanError(f"there is no variant {name!r}; choose one of {', '.join(variants())}")
-            if isinstance(answer := variant.applies(site, target), Refusal):
+            if isinstance(answer := variant.takes(site, target), Refusal):
                 raise PlanError(f"{name} does not apply at {site.path}: {answer.reason}; choose another variant")
             if config is None:
                 config = next(iter(variant.configs(site, target)), {})

@@ -84,13 +84,13 @@ def _one_thread() -> Iterator[None]:
 def _compare(region: Region, sizes: Sizes) -> Refusal | None:
     match = region.match
     original = region.module(sizes, proof=True)
-    scale, structure, _ = match.constants()
     for name, settings in _TRIALS.items():
         values = region.values(sizes, proof=True, **settings)
         with torch.no_grad(), torch._C._DisableAutocast():  # which may be on around the call that is being compiled
             expected = original(*(values[node].clone() for node in match.inputs))
-            tensors = region.operands(values, keep_mask=True)
-            actual = match.result(run, attention(*tensors, scale, structure, 0.0), cast=False)
+            tensors = region.operands(values, sizes, keep_mask=True, proof=True)
+            out = attention(*match.arguments(tensors, dropout=False))
+            actual = match.result(run, out, region.size(values, sizes), cast=False)
         if actual.shape != expected.shape:
             return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
         difference = error(actual, expected)

@@ -5,24 +5,27 @@ The same function builds it in the graph and runs it on real tensors, so that wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
+from rewriter.axes import Placed
+from rewriter.canonical import Emit, SizeOf, gathered, scattered, sizes_from
 from rewriter.capture import Graph
+from rewriter.facts import Op, Reading, Roles
+from rewriter.masks import Tokens, tokens_at
 from rewriter.ops import attention
-from rewriter.pattern import MaskTerm, Operand, Reading, storage, value_of, written
-from rewriter.site import AttentionSite
+from rewriter.pattern import storage, value_of, written
+from rewriter.site import AttentionSite, Full
 
 _ATEN = torch.ops.aten
-
-Emit = Callable[..., Any]
-"""`emit(operator, *args)`: applies an operator to values, or adds its call to a graph."""
+Value = Callable[[fx.Node], Any]
+"""What stands for a node of the match: a tensor, or a node."""
 
 
 class Operands(NamedTuple):
@@ -33,6 +36,12 @@ class Operands(NamedTuple):
     value: Any
     mask: Any
     padding: Any
+    sink: Any = None
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """The arguments of an implementation: a sink is passed where there is one."""
+        return self[:5] if self.sink is None else self
 
 
 @dataclass
@@ -41,39 +50,97 @@ class Match:
 
     site: AttentionSite
     reading: Reading
-    output: fx.Node
-    padding: fx.Node | None
+    padding: Tokens | None = None
+    structured: bool = True
+    """Does the positional part of the site's mask say everything that is added to the scores?"""
+    spare: bool = False
+    """Does it say everything while what was observed holds?"""
+    watched_buffers: tuple[fx.Node, ...] = ()
+    """What held the values by which the mask was classified."""
+    watched_flags: tuple[fx.Node, ...] = ()
+    """What was taken for 0s and 1s."""
+    roles: Roles = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.roles = self.reading.roles()
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value it computes."""
+        return self.reading.output.node
+
+    @property
+    def watched(self) -> tuple[fx.Node, ...]:
+        """What a sentinel looks at in every call."""
+        return self.watched_buffers + self.watched_flags
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The nodes at the border of the match, each once: queries, keys, values, masks, padding."""
-        reading = self.reading
-        assert reading.query and reading.key and reading.value
-        nodes = [reading.query.node, reading.key.node, reading.value.node, *(term.node for term in reading.terms)]
-        return list(dict.fromkeys(nodes + ([self.padding] if self.padding is not None else [])))
+        """The nodes at the border of the match, each once: queries, keys, values, masks, sinks, padding."""
+        nodes = [side.node for side in self.reading.operands] + [placed.node for placed in self.reading.tensors]
+        return list(dict.fromkeys(nodes + ([self.padding.node] if self.padding is not None else [])))
 
-    @property
-    def mask_is_structure(self) -> bool:
-        """Does the positional part of the site's mask say everything?"""
-        return self.site.mask == self.site.mask.positional
+    def sizes(self, emit: Emit, value: Value, replaced: Mapping[int, int] | None = None) -> SizeOf:
+        """How long each atom is in this call."""
+        placed = [side.placed for side in self.reading.operands] + self.reading.tensors
+        return sizes_from(emit, [(each, value(each.node)) for each in placed], replaced)
 
-    def operands(self, emit: Emit, value: Callable[[fx.Node], Any], mask: Any, padding: Any) -> Operands:
+    def operands(self, emit: Emit, value: Value, size: SizeOf, mask: Any, padding: Any) -> Operands:
         """The canonical operands from the values of the match's inputs."""
-        reading = self.reading
-        assert reading.query and reading.key and reading.value
-        sides = (_canonical(emit, side, value(side.node)) for side in (reading.query, reading.key, reading.value))
-        query, key, values = sides
-        return Operands(query, key, values, mask, padding)
+        roles, (query, key, values) = self.roles, self.reading.operands
+        dtype = self.site.torch_dtype
 
-    def result(self, emit: Emit, out: Any, *, cast: bool = True) -> Any:
+        def gather(placed: Placed, heads: Any, rows: Any, width: Any, full: bool = True) -> Any:
+            tensor = value(placed.node)
+            if (tensor.meta["val"] if isinstance(tensor, fx.Node) else tensor).dtype not in (dtype, torch.float64):
+                tensor = emit(_ATEN.to.dtype, tensor, dtype)
+            wanted = (roles.batch, heads, rows, width)
+            return gathered(emit, tensor, placed.layout, wanted, size, (full, full, full, full))
+
+        q = gather(query.placed, roles.heads + roles.groups, roles.rows, roles.width)
+        k = gather(key.placed, roles.heads, roles.columns, roles.width)
+        v = gather(values.placed, roles.heads, roles.columns, roles.value_width)
+        for op in self.reading.factors:
+            assert op.tensor is not None
+            apply = _ATEN.mul.Tensor if op.kind == "mul" else _ATEN.div.Tensor
+            if set(op.tensor.atoms) & set(roles.columns):
+                k = emit(apply, k, gather(op.tensor, roles.heads, roles.columns, (), False))
+            else:
+                q = emit(apply, q, gather(op.tensor, roles.heads + roles.groups, roles.rows, (), False))
+        sink = None
+        if self.reading.sink is not None:
+            placed = Placed(self.reading.sink, self.reading.sink_axes)
+            sink = gather(placed, roles.heads + roles.groups, (), (), False)
+            sink = emit(_ATEN.reshape.default, emit(_ATEN.expand.default, sink, [-1, self.site.heads, -1, -1]), [-1])
+        elif self.reading.zero_sink:
+            sink = emit(_ATEN.new_zeros.default, q, [self.site.heads])
+        return Operands(q, k, v, mask, padding, sink)
+
+    def result(self, emit: Emit, out: Any, size: SizeOf, *, cast: bool = True) -> Any:
         """The canonical output in the shape, and with `cast` the type, that the rest of the graph expects."""
-        out = emit(_ATEN.squeeze.dim, out, 1) if value_of(self.output).dim() == 3 else out
+        roles = self.roles
+        groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.value_width)
+        out = scattered(emit, out, groups, self.reading.output.layout, size)
         dtype = value_of(self.output).dtype
         return emit(_ATEN.to.dtype, out, dtype) if cast and dtype != self.site.torch_dtype else out
 
-    def constants(self) -> tuple[float, str, float]:
-        """The number and text arguments of the canonical operator."""
-        return self.site.scale, str(self.site.mask.positional), self.site.dropout_p
+    def canonical_output(self, value: Tensor, size: SizeOf) -> Tensor:
+        """The original's output as (B, H, Sq, Dv)."""
+        roles = self.roles
+        groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.value_width)
+        layout = self.reading.output.layout
+        result: Tensor = gathered(lambda operator, *args: operator(*args), value, layout, groups, size, (True,) * 4)
+        return result
+
+    def arguments(self, operands: Operands, *, dropout: bool = True) -> tuple[Any, ...]:
+        """The arguments of the canonical operator."""
+        site = self.site
+        numbers = site.scale, str(site.mask.positional), site.dropout_p if dropout else 0.0
+        return *operands[:5], *numbers, operands.sink, site.softcap or 0.0, site.normaliser
+
+
+class ChangedInPlace(ValueError):
+    """A tensor of the attention is changed while it is computed."""
 
 
 def between(match: Match) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -106,66 +173,79 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, int, float)
 def _check_changes(nodes: list[fx.Node], inputs: list[fx.Node]) -> None:
     borders, inner = ({storage(node) for node in part} - {None} for part in (inputs, nodes))
     inside, node = set(nodes), nodes[0]
+    read: set[int | None] = set()
     while node is not nodes[-1]:
+        if node in inside:
+            read |= {storage(source) for source in node.all_input_nodes} & borders
         targets = {storage(target) for target in written(node)}
-        if targets & (borders if node in inside else borders | inner):
-            raise ValueError(f"{node.name} changes in place what the attention reads")
+        # What is changed before the attention reads it, the operator reads as the attention did.
+        if targets & (read if node in inside else read | inner - borders):
+            raise ChangedInPlace(f"{node.name} changes in place what the attention reads")
         if targets & inner and any(
             user not in inside for each in nodes[:-1] if storage(each) in targets for user in each.users
         ):
-            raise ValueError(f"{node.name} changes in place what is also used outside of the attention")
+            raise ChangedInPlace(f"{node.name} changes in place what is also used outside of the attention")
         node = node.next
 
 
-def _canonical(emit: Emit, side: Operand, value: Any) -> Any:
-    value = emit(_ATEN.transpose.int, value, -2, -1) if side.transposed else value
-    return emit(_ATEN.unsqueeze.default, value, 1) if value_of(side.node).dim() == 3 else value
+def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: torch.dtype) -> Any:
+    """All that is added to the scores as one tensor, broadcastable to (B, H, Sq, Skv): bool where that says the same,
+    else additive in this type (that of the queries). It is what the original makes of scores that are all 0.
+    """
+    roles = match.roles
+    groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.columns)
 
+    def gather(op: Op) -> Any:
+        assert op.tensor is not None
+        return gathered(emit, value(op.tensor.node), op.tensor.layout, groups, size, (False,) * 4)
 
-def compose_mask(emit: Emit, match: Match, value: Callable[[fx.Node], Any], dtype: torch.dtype) -> Any:
-    """The whole mask as one tensor, bool where that says the same, else additive in this type (that of the queries)."""
-    terms = match.reading.terms
-    if not terms:
+    ops = match.reading.ops
+    masks = [op for op in ops if op.kind in ("add", "shift", "keep", "drop")]
+    if not masks:
         return None
-    if len(terms) == 1 and terms[0].kind != "add" and terms[0].fill == float("-inf"):
-        mask = value(terms[0].node)
-        mask = mask if terms[0].kind == "keep" else emit(_ATEN.logical_not.default, mask)
-    else:
-        lowest = torch.finfo(match.site.torch_dtype).min
-        parts = [_additive(emit, term, value(term.node), dtype, lowest) for term in terms]
-        mask = parts[0]
-        for part in parts[1:]:
-            mask = emit(_ATEN.add.Tensor, mask, part)
-        if len(terms) > 1 and any(term.kind != "add" and term.fill != float("-inf") for term in terms):
-            mask = emit(_ATEN.clamp.default, mask, lowest)  # Hidden twice is not more hidden than once.
-    is_3d = value_of(match.output).dim() == 3 and any(value_of(term.node).dim() == 3 for term in terms)
-    return emit(_ATEN.unsqueeze.default, mask, 1) if is_3d else mask
+    if len(masks) == 1 and masks[0].kind in ("keep", "drop") and masks[0].number == float("-inf"):
+        return gather(masks[0]) if masks[0].kind == "keep" else emit(_ATEN.logical_not.default, gather(masks[0]))
+    lowest = torch.finfo(match.site.torch_dtype).min
+    mask = None
+    for op in ops:
+        if op.kind == "add":
+            term = _narrowed(emit, gather(op), dtype, lowest)
+            term = emit(_ATEN.mul.Tensor, term, op.number) if op.number != 1 else term
+            mask = term if mask is None else emit(_ATEN.add.Tensor, mask, term)
+        elif op.kind == "shift" and mask is None:
+            mask = emit(_ATEN.full.default, [1, 1, 1, 1], op.number, dtype=dtype, device=match.site.device)
+        elif op.kind == "shift":
+            mask = emit(_ATEN.add.Scalar, mask, op.number)
+        elif op.kind in ("keep", "drop"):
+            hidden = gather(op) if op.kind == "drop" else emit(_ATEN.logical_not.default, gather(op))
+            mask = emit(_ATEN.zeros_like.default, hidden, dtype=dtype) if mask is None else mask
+            # A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill
+            # is added, so it must be so large that the scores are lost in it, and the larger of two stays the larger.
+            fill = op.number if op.number == float("-inf") else max(op.number * 1e25, lowest)
+            mask = emit(_ATEN.where.self, hidden, emit(_ATEN.new_full.default, mask, [], fill), mask)
+        elif mask is not None and op.kind == "scale":
+            mask = emit(_ATEN.mul.Tensor, mask, op.number)
+        elif mask is not None and op.kind in ("mul", "div"):
+            factor = emit(_ATEN.to.dtype, gather(op), dtype)
+            mask = emit(_ATEN.mul.Tensor if op.kind == "mul" else _ATEN.div.Tensor, mask, factor)
+    return mask
 
 
-def _additive(emit: Emit, term: MaskTerm, value: Any, dtype: torch.dtype, lowest: float) -> Any:
-    if term.kind == "add":
-        held = value_of(value) if isinstance(value, fx.Node) else value
-        if held.dtype != dtype:
-            # In a narrower type the lowest number must not become infinite.
-            narrowed = held.dtype.is_floating_point and torch.finfo(held.dtype).min < lowest
-            value = emit(_ATEN.clamp.default, value, lowest) if narrowed else value
-            value = emit(_ATEN.to.dtype, value, dtype)
-        return value if term.factor == 1 else emit(_ATEN.mul.Tensor, value, term.factor)
-    # A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill is added,
-    # so it must be so large that the scores are lost in it.
-    fill = lowest if term.fill != float("-inf") else term.fill
-    hidden = value if term.kind == "drop" else emit(_ATEN.logical_not.default, value)
-    zeros = emit(_ATEN.zeros_like.default, value, dtype=dtype)
-    return emit(_ATEN.masked_fill.Scalar, zeros, hidden, fill)
+def _narrowed(emit: Emit, value: Any, dtype: torch.dtype, lowest: float) -> Any:
+    held = value_of(value) if isinstance(value, fx.Node) else value
+    if held.dtype == dtype:
+        return value
+    if held.dtype.is_floating_point and torch.finfo(held.dtype).min < lowest:
+        value = emit(_ATEN.clamp.default, value, lowest)  # In a narrower type it must not become infinite.
+    return emit(_ATEN.to.dtype, value, dtype)
 
 
-def compose_padding(emit: Emit, match: Match, value: Callable[[fx.Node], Any]) -> Any:
-    """bool (B or 1, Skv), True on real tokens, or None."""
+def compose_padding(emit: Emit, match: Match, value: Value, size: SizeOf) -> Any:
+    """bool (B, Skv), True on real tokens, or None."""
     if match.padding is None:
         return None
-    flat = emit(_ATEN.squeeze.dims, value(match.padding), [1, 2])
-    batch = match.site.batch
-    return flat if batch is None else emit(_ATEN.expand.default, flat, [batch, -1])
+    full = (match.site.batch is not None, True)
+    return tokens_at(emit, match.padding, value(match.padding.node), match.roles, size, full)
 
 
 @dataclass(frozen=True)
@@ -180,19 +260,19 @@ class Raised:
     result: fx.Node
     original: frozenset[fx.Node]
 
+    @property
+    def operands(self) -> Operands:
+        """The tensor arguments of the call."""
+        query, key, value, mask, padding, *_, sink, _, _ = self.call.args
+        return Operands(query, key, value, mask, padding, sink)
+
     def give_back(self) -> None:
         """Use the original nodes."""
         self.result.replace_all_uses_with(self.match.output)
 
 
-def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
-    """Write a canonical call for each match and use it in place of the original."""
-    placed: list[Raised] = []
-    results: dict[fx.Node, fx.Node] = {}
-    composed: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-    order = {node: place for place, node in enumerate(gm.graph.nodes)}
-    changes = [(node, {storage(target) for target in targets}) for node in order if (targets := written(node))]
-    originals = [frozenset(between(match)[0]) for match in matches]
+def emitter(gm: Graph) -> Emit:
+    """Adds calls to a graph, with the values that stand for their results."""
     fake_mode = detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes]) or nullcontext()
 
     def emit(operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -203,28 +283,68 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
             node.meta["val"] = _like_output(*fakes[0]) if operator is attention else operator(*fakes[0], **fakes[1])
         return node
 
+    return emit
+
+
+def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
+    """Write a canonical call for each match and use it in place of the original."""
+    placed: list[Raised] = []
+    results: dict[fx.Node, fx.Node] = {}
+    composed: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
+    changes = [(node, {storage(target) for target in targets}) for node in order if (targets := written(node))]
+    originals = [frozenset(between(match)[0]) for match in matches]
+    emit = emitter(gm)
+
     def itself(node: fx.Node) -> fx.Node:
         return results.get(node, node)
 
     for match, original in zip(matches, originals, strict=True):
-        reading = match.reading
         # One mask serves every layer, so it is put together once, where its last ingredient stands or is last changed.
-        ingredients = [term.node for term in reading.terms] + ([match.padding] if match.padding else [])
+        ingredients = [op.tensor.node for op in match.reading.ops if op.tensor] + (
+            [match.padding.node] if match.padding else []
+        )
         ready = [*ingredients, *_changes(changes, ingredients, order[match.output], order)]
         anchor = max(ready, key=order.__getitem__, default=match.output)
-        place = (anchor, tuple(reading.terms), match.padding, value_of(match.output).dim(), match.site.dtype)
+        place = (anchor, _mask_identity(match))
         if place not in composed:
-            composed[place] = _compose_after(gm, anchor, emit, match, itself) if ingredients else (None, None)
+            # What is made from numbers alone stands anywhere above.
+            composed[place] = _compose(gm, _following(anchor) if ready else match.output, emit, match, itself)
         mask, padding = composed[place]
         with gm.graph.inserting_before(match.output):
-            tensors = match.operands(emit, itself, None if match.mask_is_structure else mask, padding)
-            node = emit(attention, *tensors, *match.constants())
+            size = match.sizes(emit, itself)
+            operands = match.operands(emit, itself, size, None if match.structured else mask, padding)
+            node = emit(attention, *match.arguments(operands))
             node.meta |= {k: v for k, v in match.output.meta.items() if k in ("stack_trace", "nn_module_stack")}
-            result = match.result(emit, node)
+            result = match.result(emit, node, size)
         match.output.replace_all_uses_with(result)
         results[match.output] = result
         placed.append(Raised(match, node, result, original))
     return placed
+
+
+def _mask_identity(match: Match) -> str:
+    """Two matches with the same text, of the same tensors, have the same mask and padding."""
+    roles = match.roles
+    axes = (roles.batch, roles.heads, roles.groups, roles.rows, roles.columns)
+    names = {
+        atom: f"{group}{place}"
+        for group, atoms in zip("bhgrk", axes, strict=True)
+        for place, atom in enumerate(atoms)
+    }
+    lines = [
+        (op.kind, op.number, op.tensor.node.name if op.tensor else "", _axes_as_text(op.tensor, names))
+        for op in match.reading.ops
+        if op.kind != "scale" or any(other.kind in ("add", "keep", "drop") for other in match.reading.ops)
+    ]
+    sizes = [str(atom.size) for atom in names]
+    tokens = match.padding
+    padding = (tokens.node.name, tokens.test, tokens.factor, _axes_as_text(tokens, names)) if tokens else None
+    return str((lines, sizes, padding, match.site.dtype, match.site.mask != Full()))
+
+
+def _axes_as_text(placed: Placed | None, names: Mapping[Any, str]) -> str:
+    return str([[names.get(atom) for atom in axis] for axis in placed.layout]) if placed else ""
 
 
 def _like_output(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
@@ -239,10 +359,18 @@ def _changes(
     return [node for node, targets in changes if order[node] < end and targets & own]
 
 
-def _compose_after(gm: Graph, anchor: fx.Node, emit: Emit, match: Match, itself: Any) -> tuple[Any, Any]:
+def _following(anchor: fx.Node) -> fx.Node:
     following = anchor.next
     while following.op == "placeholder":
         following = following.next
-    with gm.graph.inserting_before(following):
-        mask = compose_mask(emit, match, itself, match.site.torch_dtype)
-        return mask, compose_padding(emit, match, itself)
+    return following
+
+
+def _compose(gm: Graph, before: fx.Node, emit: Emit, match: Match, itself: Any) -> tuple[Any, Any]:
+    """The mask and the padding, right after what they are made from: their own lengths are all they may need."""
+    with gm.graph.inserting_before(before):
+        tensors = [*match.reading.tensors, *([match.padding] if match.padding else [])]
+        available = [each for each in tensors if each.node is not match.reading.sink]
+        size = sizes_from(emit, [(each, itself(each.node)) for each in available])
+        mask = compose_mask(emit, match, itself, size, match.site.torch_dtype)
+        return mask, compose_padding(emit, match, itself, size)

@@ -47,7 +47,7 @@ def fit(module: nn.Module, samples: Sequence[Sample], *, steps: int = 60, rate: 
 
 def _loss(module: nn.Module, sample: Sample) -> Tensor:
     operands, target = sample
-    out: Tensor = module(*operands).float()
+    out: Tensor = module(*operands.given).float()
     target = target.float()
     return (out - target).square().mean() / target.square().mean().clamp_min(1e-12)
 

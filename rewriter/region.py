@@ -6,13 +6,17 @@ it as the original implementation beside the candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rewriter.pattern import is_call, value_of
+from rewriter.axes import Axis, Layout, as_captured
+from rewriter.canonical import SizeOf
+from rewriter.pattern import is_bias, is_call, value_of
 from rewriter.raising import Match, Operands, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
 
@@ -34,22 +38,29 @@ class Region:
     @property
     def lengths(self) -> tuple[int, int]:
         """(Sq, Skv) as captured."""
-        reading = self.match.reading
-        assert reading.query and reading.key
-        key_axis = -1 if reading.key.transposed else -2
-        return hint(value_of(reading.query.node).shape[-2]), hint(value_of(reading.key.node).shape[key_axis])
+        roles = self.match.roles
+        return self._count(roles.rows), self._count(roles.columns)
 
     @property
     def batch(self) -> int:
         """B as captured."""
-        assert self.match.reading.query is not None
-        return int(hint(value_of(self.match.reading.query.node).shape[0]))
+        return self._count(self.match.roles.batch)
+
+    def _count(self, axis: Axis) -> int:
+        return math.prod(as_captured(atom.size, self.match.inputs) for atom in axis)
 
     def resized(self, q_len: int, kv_len: int) -> Sizes:
         """The replacement that gives the region other lengths; empty where an integer has another meaning too."""
-        site, (own_q, own_kv) = self.match.site, self.lengths
-        others = {site.heads, site.kv_heads, site.head_dim, site.v_head_dim, self.batch, 1, 0}
-        if others & {own_q, own_kv} or (own_q == own_kv) != (q_len == kv_len):
+        roles, (own_q, own_kv) = self.match.roles, self.lengths
+        others = {
+            as_captured(atom.size, self.match.inputs)
+            for axis in (roles.batch, roles.heads, roles.groups, roles.width, roles.value_width)
+            for atom in axis
+        }
+        products = {self.match.site.heads, self.match.site.kv_heads, self.batch, 1, 0}
+        if (others | products) & {own_q, own_kv} or (own_q == own_kv) != (q_len == kv_len):
+            return {}
+        if len(roles.rows) != 1 or len(roles.columns) != 1:  # a grid of tokens has no other length
             return {}
         return {own_q: q_len, own_kv: kv_len}
 
@@ -64,9 +75,22 @@ class Region:
         return "\n".join([*lines, self.match.site.key(), self._reading(names)])
 
     def _reading(self, names: Mapping[fx.Node, str]) -> str:
-        reading = self.match.reading
-        sides = [(names[s.node], s.transposed) for s in (reading.query, reading.key, reading.value) if s is not None]
-        return f"{sides} {[(names[t.node], t.kind, t.factor, t.fill) for t in reading.terms]}"
+        """What the canonical operator is called with."""
+        match, reading = self.match, self.match.reading
+        atoms: dict[Any, str] = {}
+
+        def text(axes: Layout) -> str:
+            return str([[atoms.setdefault(atom, f"a{len(atoms)}") for atom in axis] for axis in axes])
+
+        roles = text(tuple(getattr(match.roles, each.name) for each in fields(match.roles)))
+        sides = [(names[side.node], side.scale, text(side.placed.layout)) for side in reading.operands]
+        ops = [
+            (op.kind, op.number, (names[op.tensor.node], text(op.tensor.layout)) if op.tensor else None)
+            for op in reading.ops
+        ]
+        rest = (text(reading.output.layout), names.get(reading.sink) if reading.sink else reading.zero_sink)
+        padding = (names[match.padding.node], text(match.padding.layout)) if match.padding else None
+        return f"{roles} {sides} {ops} {rest} {padding} {match.structured}"
 
     def module(self, sizes: Sizes | None = None, *, proof: bool = False, live: bool = False) -> fx.GraphModule:
         """The region as a module of the values of `match.inputs`. For a proof: full precision, no dropout.
@@ -116,30 +140,46 @@ class Region:
         What an additive mask hides is -inf where `infinite`, else the lowest finite number.
         """
         generator = torch.Generator().manual_seed(seed)
-        terms = {term.node: term.kind for term in self.match.reading.terms}
+        terms = {
+            op.tensor.node: op
+            for op in self.match.reading.ops
+            if op.tensor is not None
+            and (op.kind in ("keep", "drop") or (op.kind == "add" and not is_bias(op.tensor.node)))
+        }
+        padding = self.match.padding.node if self.match.padding is not None else None
         values: dict[fx.Node, Tensor] = {}
         for node in self.match.inputs:
             fake = value_of(node)
             dtype = proof_dtype(fake.dtype) if proof else fake.dtype
+            floats = fake.dtype.is_floating_point
             shape = [(sizes or {}).get(hint(n), hint(n)) for n in fake.shape]
-            if node in terms or node is self.match.padding:
+            if node in terms or node is padding:
                 visible = torch.rand(shape, generator=generator) < 0.7
                 if hide_rows and len(shape) > 1:
                     visible[..., :1, :] = False
-                flags = ~visible if terms.get(node) == "drop" else visible
-                tensor = flags if dtype == torch.bool else _as_numbers(flags, dtype, generator, infinite)
+                op = terms.get(node)
+                flags = ~visible if op is not None and op.kind == "drop" else visible
+                lowest = float("-inf") if infinite else torch.finfo(value_of(node).dtype).min if floats else 0.0
+                hidden = lowest if op is None or op.number > 0 else -lowest
+                tensor = flags if dtype == torch.bool else _as_numbers(flags, dtype, generator, hidden)
             else:
                 tensor = torch.randn(shape, generator=generator).mul(magnitude).to(dtype)
             values[node] = tensor.to(fake.device)
         return values
 
-    def operands(self, values: Mapping[fx.Node, Tensor], *, keep_mask: bool) -> Operands:
+    def size(self, values: Mapping[fx.Node, Tensor], sizes: Sizes | None = None) -> SizeOf:
+        """How long each atom is where the inputs have these values."""
+        return self.match.sizes(run, values.__getitem__, sizes)
+
+    def operands(
+        self, values: Mapping[fx.Node, Tensor], sizes: Sizes | None = None, *, keep_mask: bool, proof: bool = False
+    ) -> Operands:
         """The canonical operands from the values of the inputs; without `keep_mask` as they are placed in the graph."""
-        match = self.match
-        dtype = values[match.inputs[0]].dtype
-        mask = compose_mask(run, match, values.__getitem__, dtype) if keep_mask or not match.mask_is_structure else None
-        padding = compose_padding(run, match, values.__getitem__) if match.site.mask.has(Padding) else None
-        return match.operands(run, values.__getitem__, mask, padding)
+        match, value, size = self.match, values.__getitem__, self.size(values, sizes)
+        dtype = proof_dtype(match.site.torch_dtype) if proof else match.site.torch_dtype
+        mask = compose_mask(run, match, value, size, dtype) if keep_mask or not match.structured else None
+        padding = compose_padding(run, match, value, size) if match.site.mask.has(Padding) else None
+        return match.operands(run, value, size, mask, padding)
 
 
 def run(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,9 +205,9 @@ def region_of(match: Match) -> Region | Refusal:
         return Refusal(str(reason))
 
 
-def _as_numbers(visible: Tensor, dtype: torch.dtype, generator: torch.Generator, infinite: bool) -> Tensor:
-    """Added to scores: a bias where visible, the lowest number where not. Integers: 1 and 0."""
+def _as_numbers(visible: Tensor, dtype: torch.dtype, generator: torch.Generator, hidden: float) -> Tensor:
+    """Added to scores: a bias where visible, `hidden` where not. Integers: 1 and 0."""
     if not dtype.is_floating_point:
         return visible.to(dtype)
     bias = torch.randn(visible.shape, generator=generator).to(dtype)
-    return bias.masked_fill(~visible, float("-inf") if infinite else torch.finfo(dtype).min)
+    return bias.masked_fill(~visible, hidden)

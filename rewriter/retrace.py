@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rewriter.fastpath import WRITTEN_OUT
 from rewriter.pattern import storage, written
 
 Graph = fx.GraphModule
@@ -31,19 +32,31 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(gm).run(*inputs)
 
-    return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    traced = make_fx(run, pre_dispatch=True, decomposition_table=WRITTEN_OUT, _allow_non_fake_inputs=True)(*fakes)
+    held = [getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")]
+    if any(isinstance(each, FakeTensor) for each in held):
+        raise RuntimeError("a part of it was computed and not traced")
+    return traced
 
 
-def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode) -> Graph:
-    """The graph in pre-dispatch ATen, each distinct call traced once. To be called inside the fake mode."""
+def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, aliased: bool = False) -> Graph:
+    """The graph in pre-dispatch ATen, each distinct call traced once. To be called inside the fake mode.
+
+    With `aliased` each call is traced on the values that stand before it, so that what is a view of what stays known.
+    """
     with torch.set_grad_enabled(torch.is_grad_enabled()):
-        return _call_by_call(gm, fakes, mode)
+        return _call_by_call(gm, fakes, mode, aliased)
 
 
-def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode) -> Graph:
+def under_vmap(gm: Graph) -> bool:
+    """Does a part of this graph run under `vmap`? It cannot be traced as a whole."""
+    return any(_is_functorch(node.target) for node in gm.graph.nodes)
+
+
+def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, aliased: bool) -> Graph:
     if any(isinstance(value, torch.SymInt) for value in fakes):
         raise NotCallByCall("sizes that are computed with must be traced together")
-    tracer = _CallTracer(gm, mode)
+    tracer = _CallTracer(gm, mode, aliased)
     inputs = iter(fakes)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -63,12 +76,13 @@ def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode) -> Grap
 
 
 class _CallTracer:
-    def __init__(self, gm: Graph, mode: FakeTensorMode) -> None:
-        self.source, self.mode = gm, mode
+    def __init__(self, gm: Graph, mode: FakeTensorMode, aliased: bool) -> None:
+        self.source, self.mode, self.aliased = gm, mode, aliased
         self.graph, self.root = fx.Graph(), torch.nn.Module()
         self.copies: dict[fx.Node, Any] = {}
         self._known: dict[Any, Graph] = {}
         self._constants: dict[int, str] = {}
+        self._vmaps = 0
 
     def placeholder(self, node: fx.Node, value: Any) -> None:
         copy = self.graph.placeholder(f"arg{len(self.copies)}_1")
@@ -91,11 +105,23 @@ class _CallTracer:
         copy.meta["val"] = held if isinstance(held, FakeTensor) else self.mode.from_tensor(held)
         return copy
 
+    def _copy(self, node: fx.Node) -> Any:
+        return self.copies[node]
+
     def call(self, node: fx.Node) -> None:
         """Copy the ATen nodes of a call, traced now or known from an equal one."""
         if node.target is torch._C._set_grad_enabled:
             torch._C._set_grad_enabled(*node.args)  # It holds for the calls that follow, and `call_by_call` ends it.
             self.graph.call_function(node.target, node.args)
+            return
+        if self._vmaps or _is_functorch(node.target):
+            self._verbatim(node)
+            return
+        if getattr(node.target, "__module__", "") == torch.nn.attention.__name__:
+            assert callable(node.target)
+            # Which kernels may serve the calls that follow: it is set when the graph runs.
+            fx.node.has_side_effect(node.target)
+            self.copies[node] = self.graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), self._copy))
             return
         if _has_state(node.target):
             raise NotCallByCall(f"a call of {node.target}")
@@ -105,13 +131,33 @@ class _CallTracer:
         sources = list(numbers)
         inputs = tuple(_metadata(source.meta["val"]) for source in sources)
         key = (node.op, node.target, repr(text), torch.is_grad_enabled(), inputs)
-        traced = self._known.get(key)
+        traced = None if self.aliased else self._known.get(key)
         if traced is None:
             traced = self._known[key] = self._trace(node, arguments, sources)
         self.copies[node] = self._paste(traced, sources, node)
 
+    def _verbatim(self, node: fx.Node) -> None:
+        """Copy a call as it is: under `vmap`, by which masks are made, nothing can be traced."""
+        name = getattr(node.target, "__name__", str(node.target))
+        if name in ("_grad_increment_nesting", "_jvp_increment_nesting"):
+            raise NotCallByCall(f"a call of {name}")
+        self._vmaps += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
+        if _is_functorch(node.target):
+            assert callable(node.target)
+            fx.node.has_side_effect(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._copy)
+        given, named = fx.map_arg((args, kwargs), lambda source: source.meta["val"])
+        copy = self.graph.create_node(node.op, node.target, args, kwargs)
+        function = getattr(given[0], node.target) if isinstance(node.target, str) else node.target
+        copy.meta = dict(node.meta) | {
+            "val": function(*(given[1:] if isinstance(node.target, str) else given), **named)
+        }
+        self.copies[node] = copy
+
     def _trace(self, node: fx.Node, arguments: Any, sources: Sequence[fx.Node]) -> Graph:
-        fresh = [_fresh(source.meta["val"]) for source in sources]
+        fresh = [source.meta["val"] if self.aliased else _fresh(source.meta["val"]) for source in sources]
+        if len({id(value) for value in fresh}) < len(fresh):
+            raise NotCallByCall("two arguments are one tensor")
 
         def run(*inputs: Any) -> Any:
             given = dict(zip(sources, inputs, strict=True))
@@ -121,13 +167,13 @@ class _CallTracer:
             assert callable(node.target)
             return node.target(*args, **kwargs)
 
-        traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fresh)
+        traced = make_fx(run, pre_dispatch=True, decomposition_table=WRITTEN_OUT, _allow_non_fake_inputs=True)(*fresh)
         for source, value in zip(sources, fresh, strict=True):
             if isinstance(value, Tensor) and _metadata(value) != _metadata(source.meta["val"]):
                 raise NotCallByCall(f"{node.target} changes the shape of its argument")
         own = {storage(node) for node in traced.graph.find_nodes(op="placeholder")} - {None}
         for inner in traced.graph.nodes:
-            if any(storage(target) in own for target in written(inner)):
+            if not self.aliased and any(storage(target) in own for target in written(inner)):
                 raise NotCallByCall(f"{node.target} changes its argument, which others read through other views")
             known = inner.op in ("placeholder", "get_attr", "call_function", "output")
             # A fresh tensor begins where its storage begins, which `as_strided` would see.
@@ -155,6 +201,10 @@ class _CallTracer:
         raise AssertionError("a graph has an output")
 
 
+def _is_functorch(target: Any) -> bool:
+    return "functorch" in (getattr(target, "__module__", None) or "")
+
+
 def _has_state(target: Any) -> bool:
     """Does this call set a mode for those that follow, or take functions as arguments?"""
     return isinstance(target, torch._ops.HigherOrderOperator) or getattr(target, "__name__", "") in _STATEFUL
@@ -178,7 +228,7 @@ def _fresh(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.requires_grad_(value.requires_grad)
+    return made.requires_grad_() if value.requires_grad else made  # inside a functorch transform it cannot be set
 
 
 def _is_unbacked(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from rewriter.guard import error, tolerance
 from rewriter.plan import Decision, Plan
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
-from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal, SlidingWindow
+from rewriter.site import POSITIONAL, AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import brute_force, inputs
 from rewriter.tune.measure import SiteBench
@@ -82,7 +82,7 @@ class Selector:
             return None
         variant = variant_named(decision.variant)
         instead = "it is computed exactly" if self.decide_unknown else "it runs its original code"
-        applies = variant.applies(site, Target.current(site.device))
+        applies = variant.takes(site, Target.current(site.device))
         if isinstance(applies, Refusal):
             self.note(f"{site.path}: {decision.variant} does not apply here ({applies.reason}); {instead}")
             return None
@@ -170,7 +170,7 @@ def fits(site: AttentionSite, key: str) -> bool:
     """
     positional = site.mask.positional
     masks = {site.mask}
-    if all(isinstance(part, Full | Causal | SlidingWindow | Padding) for part in site.mask.parts()):
+    if all(isinstance(part, (Full, Padding, *POSITIONAL)) for part in site.mask.parts()):
         masks |= {positional, positional & Padding()}
         if site.single_query_decode:
             masks |= {Causal(0), Causal(0) & Padding(), Full()}
@@ -190,7 +190,7 @@ def candidates(
             refused[name] = "not among the variants asked for"
         elif variant.fidelity not in fidelities:
             refused[name] = _NOT_NOW[variant.fidelity]
-        elif isinstance(answer := variant.applies(site, target), Refusal):
+        elif isinstance(answer := variant.takes(site, target), Refusal):
             refused[name] = answer.reason
         else:
             configs = list(variant.configs(site, target))

@@ -37,7 +37,7 @@ class Mask:
         """The factors that depend on positions only, intersected."""
         kept = Full() & Full()
         for part in self.parts():
-            if isinstance(part, (Causal, SlidingWindow)):
+            if isinstance(part, POSITIONAL):
                 kept = kept & part
         return kept
 
@@ -48,6 +48,7 @@ class Mask:
     def visible(self, q_len: int, kv_len: int, device: Any = None) -> Tensor:
         """bool[q_len, kv_len], True where the positional factors let query i see key j."""
         age = ages(q_len, kv_len, device)
+        key = torch.arange(kv_len, device=device)
         seen = torch.ones_like(age, dtype=torch.bool)
         for part in self.parts():
             if isinstance(part, Causal):
@@ -57,6 +58,12 @@ class Mask:
                     seen &= age <= part.left
                 if part.right is not None:
                     seen &= age >= -part.right
+            elif isinstance(part, Chunked):
+                query = torch.arange(kv_len - q_len, kv_len, device=device)
+                blocks = (torch.div(place, part.size, rounding_mode="floor") for place in (query[:, None], key))
+                seen &= torch.eq(*blocks)
+            elif isinstance(part, PrefixCausal):
+                seen &= (age >= 0) | (key < part.length)
         return seen
 
     def __str__(self) -> str:
@@ -103,13 +110,74 @@ class SlidingWindow(Mask):
 
 
 @dataclass(frozen=True)
+class Chunked(Mask):
+    """Visible iff both stand in the same block of `size` positions, counted from the first key."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a block of {self.size} positions")
+
+
+@dataclass(frozen=True)
+class PrefixCausal(Mask):
+    """The first `length` keys are visible to all, and the others as in `Causal(0)`: the union of the two."""
+
+    length: int
+
+
+@dataclass(frozen=True)
 class Padding(Mask):
     """Depends on data: bool[B, Skv], the same for every query and head."""
 
 
 @dataclass(frozen=True)
 class Dense(Mask):
-    """A mask about which nothing more is known: any tensor that broadcasts to (B, H, Sq, Skv)."""
+    """A mask of which a tensor says all: anything that broadcasts to (B, H, Sq, Skv). Its subclasses know more about
+    it, which serves variants that are made for it; for all others they are a tensor.
+    """
+
+
+@dataclass(frozen=True)
+class Documents(Dense):
+    """Depends on data: visible iff query and key belong to the same segment. The tensor says which."""
+
+
+@dataclass(frozen=True)
+class DataPrefix(Dense):
+    """Depends on data: `PrefixCausal` with a length that is the batch row's own. The tensor says which."""
+
+
+@dataclass(frozen=True)
+class DataChunked(Dense):
+    """Depends on data: `Chunked` with blocks that are counted from the batch row's own first token."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Window2d(Dense):
+    """Windows of `height` x `width` tokens of a grid that was rolled by (`shift_h`, `shift_w`): in a window, only
+    tokens that were neighbours before see each other. The batch axis holds the windows, each with a mask of its own.
+    """
+
+    height: int
+    width: int
+    shift_h: int
+    shift_w: int
+
+
+@dataclass(frozen=True)
+class Window3d(Dense):
+    """As `Window2d`, over frames as well."""
+
+    depth: int
+    height: int
+    width: int
+    shift_d: int
+    shift_h: int
+    shift_w: int
 
 
 @dataclass(frozen=True)
@@ -125,8 +193,13 @@ class And(Mask):
         return " & ".join(map(str, self.factors))
 
 
+POSITIONAL = (Causal, SlidingWindow, Chunked, PrefixCausal)
+"""What `Mask.visible` says everything about. The others are a tensor, of which they say something (`Dense`)."""
+
 _KINDS: dict[str, type[Mask]] = {
-    "full": Full, "causal": Causal, "sliding_window": SlidingWindow, "padding": Padding, "dense": Dense,
+    "full": Full, "causal": Causal, "sliding_window": SlidingWindow, "chunked": Chunked, "prefix_causal": PrefixCausal,
+    "padding": Padding, "dense": Dense, "documents": Documents, "data_prefix": DataPrefix, "data_chunked": DataChunked,
+    "window2d": Window2d, "window3d": Window3d,
 }  # fmt: skip
 
 
@@ -142,6 +215,18 @@ class AttentionSite:
 
     Lengths and batch are None where the graph is symbolic in them. `dtype` is the type of q, k and v as torch prints it
     without the prefix ("bfloat16"); `softmax_dtype` is the type in which the original normalises.
+
+    bias        what is added to the scores beside the mask: "none", "alibi" (a slope for each head times the distance),
+                "relative" (a function of the distance), "table" (of both positions), "decomposed" (products of the
+                queries or keys with tables of positions), "dense" (of the data)
+    softcap     c where the scores are c * tanh(scale * q k^T / c)
+    normaliser  "softmax", "sigmoid", "relu"
+    sink        one more logit in the sum: "zero" (softmax1) or "learned"
+    factor      a tensor that multiplies the scores: "scalar", "head", "query" or "key" (which part it differs over)
+    edits       what is outside of the canonical operator; such a site is recognised, and left as it is
+    tokens      how tokens lie, where it is known: "14x14", or "14x14+1" with one more in front
+    observed    facts that were seen in values that may change, and are not proved for the next call: "mask" and "bias"
+                (of what buffers hold), "binary" (numbers that are taken for 0 and 1)
     """
 
     path: str
@@ -158,13 +243,22 @@ class AttentionSite:
     device: str = "cpu"
     softmax_dtype: str | None = None
     dropout_p: float = 0.0
+    bias: str = "none"
+    softcap: float | None = None
+    normaliser: str = "softmax"
+    sink: str | None = None
+    factor: str | None = None
+    edits: tuple[str, ...] = ()
+    tokens: str | None = None
+    observed: tuple[str, ...] = ()
     spelling: str = "eager"
     source: str = ""
 
     def key(self) -> str:
         """The identity of the computation, for plans and measurements: all facts but place, sizes and spelling."""
-        skip = {"path", "source", "batch", "q_len", "kv_len", "spelling"}
+        skip = {"path", "source", "batch", "q_len", "kv_len", "spelling", "edits", "tokens", "observed"}
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+        facts = {name: value for name, value in facts.items() if value != _PLAIN.get(name, _MISSING)}
         return ",".join(f"{name}={value}" for name, value in facts.items())
 
     @staticmethod
@@ -186,6 +280,19 @@ class AttentionSite:
         return replace(self, batch=batch, q_len=q_len, kv_len=kv_len)
 
     @property
+    def elements(self) -> frozenset[str]:
+        """What the scores go through beyond softmax(scale * q k^T + mask); a variant says which of these it computes."""
+        named = {"bias": self.bias != "none", "softcap": self.softcap is not None, "sink": self.sink is not None}
+        other = {self.normaliser} - {"softmax"}
+        return frozenset(name for name, present in named.items() if present) | other
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """The same in words, with what else is not plain, and the edits."""
+        unlike = [name for name in _PLAIN if getattr(self, name) != _PLAIN[name]]
+        return (*(f"{name} {getattr(self, name)}" for name in unlike), *self.edits)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """`dtype` as a torch object."""
         found = getattr(torch, self.dtype)
@@ -202,6 +309,7 @@ class AttentionSite:
         dims = f"{self.head_dim}" if self.v_head_dim == self.head_dim else f"{self.head_dim}>{self.v_head_dim}"
         lengths = "x".join("?" if n is None else str(n) for n in (self.q_len, self.kv_len))
         drop = f" dropout={self.dropout_p}" if self.dropout_p else ""
+        drop += "".join(f", {words}" for words in self.beyond)
         return (
             f"{self.path or '<root>'}: {self.heads}{shared} heads of {dims}, {lengths} tokens, {self.mask}, "
             f"scale {self.scale:.4g}, {self.dtype}{drop} [{self.spelling}]"
@@ -211,6 +319,10 @@ class AttentionSite:
         """Plain values only; the mask as its string."""
         return {f.name: str(v) if isinstance(v := getattr(self, f.name), Mask) else v for f in fields(self)}
 
+
+_MISSING = object()
+_PLAIN: dict[str, Any] = {"bias": "none", "softcap": None, "normaliser": "softmax", "sink": None, "factor": None}
+"""What most sites have, and their keys leave out."""
 
 _READERS: dict[str, Any] = {"int": int, "float": float, "Mask": Mask.parse}
 

@@ -32,12 +32,12 @@ class Implementation(Protocol):
     query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv) -> (B, H, Sq, Dv).
     `mask` is the whole mask of the site as the model built it, bool (True: visible) or additive, broadcastable to
     (B, H, Sq, Skv), or None where the site's positional mask says everything. `padding` is bool (B, Skv), True on real
-    tokens, given where the site's mask has a `Padding` factor. An implementation reads sizes from its arguments: they
-    differ from call to call.
+    tokens, given where the site's mask has a `Padding` factor. A site with a sink passes one more tensor, (H,). An
+    implementation reads sizes from its arguments: they differ from call to call.
     """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
     ) -> Tensor: ...
 
 
@@ -62,7 +62,8 @@ class Variant:
     configs     the settings to try, cheapest-error first
     build       the implementation for a site and a config
     cases       sites that the tests and benchmarks run
-    near_misses sites that `applies` must refuse
+    near_misses sites that `takes` must refuse
+    elements    which of `AttentionSite.elements` it computes, beyond softmax(scale * q k^T + mask) v
     """
 
     name: str
@@ -74,6 +75,17 @@ class Variant:
     build: Callable[[AttentionSite, Config], Implementation]
     cases: Sequence[Case] = field(default=())
     near_misses: Sequence[AttentionSite] = field(default=())
+    elements: frozenset[str] = frozenset()
+
+    def takes(self, site: AttentionSite, target: Target) -> bool | Refusal:
+        """Does it apply here, and does it compute all that the scores go through?"""
+        if site.edits and self.name != ORIGINAL:
+            named = ", ".join(site.edits)
+            return Refusal(f"the site is recognised and stays as it is ({named})", site.path, site.source)
+        missing = sorted(site.elements - self.elements)
+        if missing:
+            return Refusal(f"it does not compute {', '.join(missing)}", site.path, site.source)
+        return self.applies(site, target)
 
 
 ORIGINAL = "original"

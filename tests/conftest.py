@@ -89,28 +89,31 @@ class Function(torch.nn.Module):
 
 @dataclass
 class Rewritten:
-    """What became of a model: `matches` in the order of capture, `graphs` as they went to the inner backend."""
+    """What became of a model: `sites` in the order of capture, `matches` those of them that can be rewritten and `kept`
+    the others, `graphs` as they went to the inner backend.
+    """
 
     run: Any = None
     out: Any = None
+    sites: list[Any] = field(default_factory=list)
     matches: list[Any] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     graphs: list[torch.fx.GraphModule] = field(default_factory=list)
-
-    @property
-    def sites(self) -> list[Any]:
-        return [match.site for match in self.matches]
 
 
 @pytest.fixture(scope="session")
 def rewrite() -> Callable[..., Rewritten]:
     """`rewrite(model or function, *args, variant="original", dynamic=None, **kwargs)`: call it with each attention
-    replaced by this variant, or looked at only where `variant` is None. Further calls: `result.run(...)`; without
-    arguments there is no first one.
+    replaced by this variant (by the original where its scores have elements that this variant does not compute), or
+    looked at only where `variant` is None. Further calls: `result.run(...)`; without arguments there is no first one.
     """
     from rewriter.capture import compiled, module_names
     from rewriter.passes import captured, rewritten
     from rewriter.variant import variants
+
+    def chosen(variant: str, site: Any) -> Any:
+        return variants()[variant if site.elements <= variants()[variant].elements else "original"]
 
     def rewrite(model: Any, *args: Any, variant: str | None = "original", dynamic: Any = None, **kwargs: Any) -> Any:
         module = model if isinstance(model, torch.nn.Module) else Function(model)
@@ -118,9 +121,11 @@ def rewrite() -> Callable[..., Rewritten]:
 
         def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
             work = captured(gm, example_inputs, names)
+            result.sites += work.detection.sites
             result.matches += work.detection.matches
+            result.kept += work.detection.kept
             result.refusals += map(str, work.detection.refusals)
-            graph = rewritten(work, lambda match: variant and variants()[variant].build(match.site, {}))
+            graph = rewritten(work, lambda match: variant and chosen(variant, match.site).build(match.site, {}))
             result.graphs.append(work.graph if graph is None else graph)
             return result.graphs[-1].forward
 

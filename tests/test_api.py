@@ -23,8 +23,10 @@ from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAtten
 from rewriter.guard import error, tolerance
 from rewriter.kernels.exact.sdpa import VARIANT as SDPA
 from rewriter.plan import Plan
+from rewriter.report.candidates import candidates
 from rewriter.tune import measure, run
 from rewriter.tune.measure import SiteBench
+from rewriter.variant import variants
 
 WIDTH = 16
 
@@ -550,6 +552,74 @@ def test_explain_tells_what_was_not_taken() -> None:
     assert facts["refusals"][0]["reason"] == refusal.reason and facts["sites"] == []
     with pytest.raises(NoAttentionError, match="explain"):
         rewriter.optimize(Odd(), example=data())
+
+
+class Beyond(nn.Module):
+    """One attention whose scores go through more than scale, mask and softmax."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.learned = kind, nn.Parameter(torch.linspace(-1, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        scores = heads @ heads.transpose(-2, -1) / 3
+        learned = self.learned[:, None, None]
+        if self.kind == "softcap":
+            weights = (2 * (scores / 2).tanh()).softmax(-1)
+        elif self.kind == "sink":
+            weights = torch.cat([scores, learned.expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+        elif self.kind == "sigmoid":
+            weights = (scores - 2.0).sigmoid()
+        else:
+            weights = (scores * learned).softmax(-1)
+        return (weights @ heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("kind", ["softcap", "sink", "sigmoid", "factor"])
+def test_a_variant_that_computes_more_than_softmax(kind: str, calibrated: bool) -> None:
+    """It is checked against the definition, timed, placed, and replayed from its plan; others are told to be unfit."""
+    model, mine = Beyond(kind).eval(), dataclasses.replace(variants()["original"], name="mine")
+    expected = model(data())
+    rewriter.register(mine)
+    try:
+        arguments = {"calibration": [data(), data()]} if calibrated else {"example": data()}
+        rewriter.optimize(model, **arguments, variants=["mine", "sdpa"] if kind != "factor" else ["mine"])
+        assert names(model) == {"": "mine"}
+        assert error(model(data()), expected) <= tolerance(torch.float32)
+        plan = rewriter.plan_of(model)
+        assert plan is not None
+        assert ("does not compute" in plan.decisions[0].refused.get("sdpa", "")) == (kind != "factor")
+        again = rewriter.apply(Beyond(kind).eval(), plan, check_weights=False)
+        assert error(again(data()), expected) <= tolerance(torch.float32) and names(again) == {"": "mine"}
+    finally:
+        rewriter.unregister("mine")
+
+
+def test_what_is_recognised_and_stays_as_it_is() -> None:
+    class Edited(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.transpose(-2, -1)).softmax(-1).square() @ x
+
+    model, x = Edited(), data()
+    expected = model(x)
+    report = rewriter.explain(model, x)
+    (site,) = report.sites
+    assert site.edits == ("squared",) and not report.refusals
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["sites"][0]["edits"] == ["squared"]
+    assert "squared" in str(report)
+    assert {(c.applies, "squared" in c.reason) for c in candidates(report.sites)} == {(False, True)}
+    with pytest.raises(PlanError, match="squared"):
+        Plan.for_model(model, {site: "sdpa"})
+    for call in (
+        lambda: rewriter.optimize(model, example=x),
+        lambda: rewriter.optimize(model, [data(), data()]),
+        lambda: rewriter.optimize(torch.export.export(model, (x,))),
+    ):
+        with pytest.raises(NoAttentionError, match=r"stays as it is \(squared\)"):
+            call()
+    assert rewriter.plan_of(model) is None and torch.equal(model(x), expected)
 
 
 def test_reports_are_json() -> None:

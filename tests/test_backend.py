@@ -269,7 +269,7 @@ def test_a_plan_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_that_cannot_be_retraced_runs_as_it_is(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **options: Any) -> Any:
         raise RuntimeError("no such luck\nand more")
 
     monkeypatch.setattr(backend, "captured", failing)

@@ -384,3 +384,22 @@ def test_what_is_printed(
     assert ("2 heads of 4, 5x5 tokens" in printed) == (level >= 1)
     assert ("refused: test_capture.py" in printed) == (level >= 2)
     assert ("after capture" in printed and "after lower" in printed and "aten.softmax.int" in printed) == (level >= 3)
+
+
+def test_a_part_under_vmap(rewrite: Any) -> None:
+    """Masks are made by `vmap` in some models: that part is copied as it is, also beside changes in place."""
+
+    def visible(i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < 3)
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        place = torch.arange(q.shape[-2])
+        mask = torch.vmap(torch.vmap(visible, (None, 0)), (0, None))(place, place)
+        scores = q @ k.mT
+        scores[..., :1].mul_(1.0)  # a change through a view
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    result = rewrite(model, q, k, v, variant="sdpa")
+    assert len(result.sites) == 1
+    assert error(result.out, model(q, k, v)) <= tolerance(torch.float32)

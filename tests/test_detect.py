@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rewriter.capture import exported
 from rewriter.detect import detect
 from rewriter.guard import error, tolerance
+from rewriter.lower import Lowered
 from rewriter.passes import Rewrite, rewritten
 from rewriter.site import Causal, Full, Padding
 from rewriter.variant import variants
@@ -230,9 +231,24 @@ class State(nn.Module):
         return (q @ q.mT * self.number).softmax(-1) @ q
 
 
-@pytest.mark.parametrize(("kind", "count"), [("constant", 1), ("parameter", 0), ("buffer", 0), ("temporary", 0)])
-def test_state_is_no_constant_of_an_exported_program(kind: str, count: int) -> None:
-    assert len(check_export(State(kind), torch.randn(1, 2, 5, 4))) == count
+@pytest.mark.parametrize(
+    ("kind", "scale", "factor"),
+    [("constant", 0.3, None), ("parameter", 1.0, "scalar"), ("buffer", 1.0, "scalar"), ("temporary", 1.0, "scalar")],
+)
+def test_state_is_no_constant_of_an_exported_program(kind: str, scale: float, factor: str | None) -> None:
+    model, x = State(kind), torch.randn(1, 2, 5, 4)
+    (site,) = check_export(model, x)
+    assert (site.scale, site.factor, site.edits) == (pytest.approx(scale), factor, ())
+    work = Rewrite(exported(torch.export.export(model, (x,))), {})
+    work.detection = detect(work.graph)
+    graph = rewritten(work, lambda match: variants()["original"].build(match.site, {}))
+    assert graph is not None and any(isinstance(module, Lowered) for module in graph.children())
+    held = [*graph.parameters(), *graph.buffers()]
+    if kind != "constant":
+        assert len(held) == 1 and held[0] == 0.3
+        model.number.data.fill_(0.7)
+        held[0].data.fill_(0.7)
+    assert error(graph(x), model(x)) <= EXACT
 
 
 def test_exported_masks_and_biases() -> None:
@@ -320,19 +336,40 @@ def test_a_break_in_the_middle_of_an_attention(rewrite: Any) -> None:
 
 
 def test_refusals_name_the_place_the_node_and_the_line(rewrite: Any) -> None:
-    class Capped(Block):
+    class Waves(Block):
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
             scores = q @ k.mT
-            scores = 5 * (scores / 5).tanh()  # the line that is told
+            scores = 5 * (scores / 5).sin()  # the line that is told
             return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
-    line = Capped.forward.__code__.co_firstlineno + 3
-    result = rewrite(Tower(Block(), Capped()), torch.randn(2, 5, 16))
+    line = Waves.forward.__code__.co_firstlineno + 3
+    result = rewrite(Tower(Block(), Waves()), torch.randn(2, 5, 16))
     assert paths(result) == ["layers.0"]
     (refusal,) = result.refusals
     assert refusal.startswith("layers.1, test_detect.py:")
-    assert refusal.endswith(f"the reading of the scores stopped at aten.tanh.default (test_detect.py:{line})")
+    assert refusal.endswith(f"the reading of the scores stopped at aten.sin.default (test_detect.py:{line})")
+
+
+def test_kept_sites_stand_among_the_others(rewrite: Any) -> None:
+    """In the order of the graph, and numbered with them where they share a path."""
+
+    class Edited(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
+            x = x + ((q @ k.mT).softmax(-1).square() @ v).transpose(1, 2).flatten(2)
+            return super().forward(x)
+
+    model, x = Tower(Edited(), Block()), torch.randn(2, 5, 16)
+    result = rewrite(model, x)
+    assert [(s.path, s.edits) for s in result.sites] == [
+        ("layers.0", ("squared",)),
+        ("layers.0#1", ()),
+        ("layers.1", ()),
+    ]
+    assert [match.site.path for match in result.matches] == ["layers.0#1", "layers.1"]
+    assert not result.refusals
+    assert error(result.out, model(x)) <= EXACT
 
 
 def test_detection_changes_nothing_and_repeats() -> None:

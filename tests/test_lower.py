@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rewriter.backend import GraphRewriter
 from rewriter.capture import compiled
 from rewriter.guard import error, tolerance
-from rewriter.lower import Lowered, laid_out
+from rewriter.lower import Lowered, lay_out, memory_order
 from rewriter.raising import Match
 from rewriter.variant import variants
 
@@ -61,18 +61,33 @@ def test_views_that_follow(rewrite: Any, function: Any, variant: str) -> None:
 
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 1, 0, 2)])
 def test_laid_out(axes: tuple[int, ...]) -> None:
-    x = torch.randn(2, 3, 4, 5)
-    out = laid_out(x, axes)
-    assert torch.equal(out, x)
-    assert out.permute(axes).is_contiguous()
+    """In the memory order of another tensor, for all who use it."""
+    graph, x = fx.Graph(), torch.randn(2, 3, 4, 5)
+    given = graph.placeholder("given")
+    result = graph.call_function(ATEN.mul.Tensor, (given, 2.0))
+    graph.output((graph.call_function(ATEN.neg.default, (result,)), result))
+    other = graph.placeholder("other")
+    other.meta["val"] = x.permute(axes).contiguous().permute([axes.index(axis) for axis in range(4)])
+    order = memory_order(other)
+    graph.erase_node(other)
+    assert order == list(axes)
+    gm = fx.GraphModule(nn.Module(), graph)
+    lay_out(gm, result, order)
+    gm.graph.lint()
+    gm.recompile()
+    negative, out = gm(x)
+    assert torch.equal(out, x * 2) and torch.equal(negative, -out)
+    assert out.permute(axes).is_contiguous() and negative.permute(axes).is_contiguous()
 
 
 def test_memory_is_not_touched_where_no_view_follows(rewrite: Any) -> None:
     """An implementation's own strides are the fastest for the projection that follows."""
     result = rewrite(lambda q, k, v: eager(q, k, v).transpose(1, 2).reshape(2, 7, 32), *tensors())
     (module,) = (m for m in result.graphs[0].modules() if isinstance(m, Lowered))
-    assert module.axes is None
     assert "4 heads of 8" in repr(module)
+    assert {node.target for node in result.graphs[0].graph.nodes if node.op == "call_function"} == {
+        ATEN.transpose.int, ATEN.reshape.default,
+    }  # fmt: skip
 
 
 def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +105,8 @@ def test_nothing_is_left_of_the_original(rewrite: Any, function: Any) -> None:
     """Not even what counts as an effect: a change in place, a random number."""
     (graph,) = rewrite(function, *tensors()).graphs
     assert not {node.target for node in graph.graph.nodes} & PIECES
-    assert [node.op for node in graph.graph.nodes] == ["placeholder"] * 3 + ["call_module", "output"]
+    assert [node.op for node in graph.graph.nodes] == ["placeholder"] * 3 + ["call_module", "call_function", "output"]
+    assert [node.target for node in graph.graph.nodes][4] is torch.ops.aten.contiguous.default, "for what follows"
 
 
 def test_effects_of_others_stay(rewrite: Any) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewriter.guard import error, tolerance
-from rewriter.masks import classify
-from rewriter.site import Causal, Dense, Full, Mask, Padding, SlidingWindow
+from rewriter.site import Causal, Chunked, Dense, Full, Mask, Padding, PrefixCausal, SlidingWindow
+from rewriter.structure import classify
 
 BOUND = st.one_of(st.none(), st.integers(-6, 12))
 
@@ -77,15 +77,15 @@ def test_names(q_len: int, kv_len: int, left: int | None, right: int | None, mas
 @pytest.mark.parametrize(
     "seen",
     [
-        torch.ones(6, 6, dtype=torch.bool).tril() | (torch.arange(6) < 2),  # prefix
-        torch.arange(6)[:, None] // 3 == torch.arange(6) // 3,  # chunks
+        torch.ones(6, 6, dtype=torch.bool).tril() | (torch.arange(6) == 2),  # one key that all see
+        torch.tensor([0, 0, 1, 1, 1, 2])[:, None] == torch.tensor([0, 0, 1, 1, 1, 2]),  # blocks of different sizes
         ~torch.eye(6, dtype=torch.bool),
         torch.ones(6, 6, dtype=torch.bool).tril() & (torch.arange(6)[:, None] < 5),  # the last query sees nothing
         torch.zeros(6, 6, dtype=torch.bool),
         torch.stack([band(4, 4, None, 0), band(4, 4, 1, 0)]),  # not the same for each head
     ],
 )
-def test_other_masks_are_no_bands(seen: Tensor) -> None:
+def test_other_masks_are_of_no_kind(seen: Tensor) -> None:
     assert classify(seen) is None
 
 
@@ -142,8 +142,9 @@ BUILT: dict[str, tuple[Callable[..., Tensor], Mask]] = {
     "window": (window(4), SlidingWindow(3, 0)),
     "two windows": (lambda n: window(4)(n) & window(6)(n), SlidingWindow(3, 0)),
     "both sides": (lambda n: (places(n)[0] - places(n)[1]).abs() <= 2, SlidingWindow(2, 2)),
-    "prefix": (prefix, Dense()),
-    "chunks": (chunks, Dense()),
+    "prefix": (prefix, PrefixCausal(3)),
+    "chunks": (chunks, Causal() & Chunked(4)),
+    "chunks both ways": (lambda n: places(n)[0] // 4 == places(n)[1] // 4, Chunked(4)),
     "not itself": (lambda n: ~torch.eye(n, dtype=torch.bool), Dense()),
     "chance": (lambda n: torch.rand(n, n) > 1e-9, Dense()),
 }
@@ -176,12 +177,21 @@ def test_windows_wider_than_what_was_captured(rewrite: Any, size: int, mask: Mas
     assert len(result.graphs) == 1
 
 
-@pytest.mark.parametrize("build", [chunks, prefix])
-def test_symbolic_masks_of_other_kinds_are_dense(rewrite: Any, build: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("build", "mask"),
+    [
+        (chunks, Causal() & Chunked(4)),
+        (lambda n: (places(n)[1] <= places(n)[0]) | (places(n)[1] < 5), PrefixCausal(5)),
+        (lambda n: (places(n)[1] <= places(n)[0]) | (places(n)[1] < n // 2), Dense()),
+        (lambda n: (places(n)[0] - places(n)[1]) ** 2 <= n, Dense()),
+    ],
+    ids=["chunks", "prefix", "half a prefix", "a growing window"],
+)
+def test_masks_that_show_at_other_sizes(rewrite: Any, build: Callable[..., Tensor], mask: Mask) -> None:
     """Three tokens are less than a chunk, and no more than the prefix: at that size both look like plain masks."""
     model = Attention(build, added=False)
     result = rewrite(model, torch.randn(2, 3, 8), dynamic=True)
-    assert [s.mask for s in result.sites] == [Dense()]
+    assert [s.mask for s in result.sites] == [mask]
     x = torch.randn(2, 37, 8)
     assert error(result.run(x), model(x)) <= tolerance(torch.float32)
 
@@ -191,8 +201,8 @@ DATA: dict[str, tuple[Callable[..., Tensor], Mask]] = {
     "padding for each query": (lambda n, pad: pad[:, None, None, :].expand(-1, -1, n, -1), Padding()),
     "causal padding": (lambda n, pad: window(n)(n) & pad[:, None, None, :], Causal() & Padding()),
     "padded window": (lambda n, pad: window(4)(n) & pad[:, None, None, :], SlidingWindow(3, 0) & Padding()),
-    "padding twice": (lambda n, pad: pad[:, None, None, :] & pad.flip(0)[:, None, None, :], Dense()),
-    "padding turned around": (lambda n, pad: ~pad[:, None, None, :], Dense()),
+    "padding twice": (lambda n, pad: pad[:, None, None, :] & pad.flip(0)[:, None, None, :], Padding()),
+    "padding turned around": (lambda n, pad: ~pad[:, None, None, :], Padding()),
     "causal or padding": (lambda n, pad: window(n)(n) | pad[:, None, None, :], Dense()),
     "padding of queries": (lambda n, pad: pad[:, None, :, None] | pad[:, None, None, :], Dense()),
 }
@@ -345,7 +355,7 @@ def test_encoder_decoder(rewrite: Any) -> None:
     check(result, model, **call)
 
 
-def test_a_position_bias_is_dense(rewrite: Any) -> None:
+def test_a_position_bias_is_beside_the_mask(rewrite: Any) -> None:
     from transformers import T5Config, T5Model
 
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -354,7 +364,8 @@ def test_a_position_bias_is_dense(rewrite: Any) -> None:
     call = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5), "attention_mask": padded(9, right=3)}
     with torch.no_grad():
         result = rewrite(model, **call)
-    assert masks(result) == [Dense()] * 3
+    assert masks(result) == [Padding(), Causal(), Padding()]
+    assert [s.bias for s in result.sites] == ["relative", "relative", "none"]
     assert {s.scale for s in result.sites} == {1.0}
     check(result, model, **call)
 
@@ -369,3 +380,25 @@ def test_generate_with_a_static_cache(rewrite: Any, tiny_lm: Any) -> None:
     assert torch.equal(model.generate(tokens, **call), expected)
     assert {(s.q_len, s.kv_len) for s in result.sites} == {(6, 9), (1, 9)}
     assert not any(s.mask.has(Causal) for s in result.sites)
+
+
+def test_masks_that_are_made_entry_by_entry(rewrite: Any) -> None:
+    """`vmap` over a function of (batch, query, key), with and without data."""
+
+    def build(length: int, pad: Tensor, causal: bool) -> Tensor:
+        def entry(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (j > i - 4) & pad[b, j] if causal else pad[b, j] & (i >= 0)
+
+        over_keys = torch.vmap(entry, in_dims=(None, None, 0))
+        over_queries = torch.vmap(over_keys, in_dims=(None, 0, None))
+        seen = torch.vmap(over_queries, in_dims=(0, None, None))
+        place = torch.arange(length)
+        return seen(torch.arange(pad.shape[0]), place, place)[:, None]
+
+    x, pad = torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
+    pad[0, 6:] = False
+    for causal, mask in ((True, SlidingWindow(3, 0) & Padding()), (False, Padding())):
+        model = Attention(lambda n, p, causal=causal: build(n, p, causal), added=False)
+        result = rewrite(model, x, pad)
+        assert masks(result) == [mask]
+        assert error(result.run(x, pad), model(x, pad)) <= tolerance(torch.float32)

@@ -22,22 +22,27 @@ def tensors(
     return query, key, value
 
 
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, sink: Tensor | None = None, softcap: float = 0.0,
+    normaliser: str = "softmax",
+) -> Tensor:  # fmt: skip
     """The definition, a query at a time in float64; `bias` (B, H, Sq, Skv) is -inf where nothing is seen."""
+    weigh = {
+        "softmax": math.exp, "sigmoid": lambda s: math.exp(s) / (1 + math.exp(s)), "relu": lambda s: max(s, 0.0),
+    }[normaliser]  # fmt: skip
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     groups = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for i in range(q.shape[2]):
-                scores = [
-                    math.exp(
-                        scale * float(q[b, h, i].double() @ k[b, h // groups, j].double()) + float(bias[b, h, i, j])
-                    )
-                    for j in range(k.shape[2])
-                ]
+                dots = [scale * float(q[b, h, i].double() @ k[b, h // groups, j].double()) for j in range(k.shape[2])]
+                dots = [softcap * math.tanh(dot / softcap) for dot in dots] if softcap else dots
+                scores = [weigh(dot + float(bias[b, h, i, j])) for j, dot in enumerate(dots)]
+                total = sum(scores) + (0.0 if sink is None else math.exp(float(sink[h])))
                 for j, score in enumerate(scores):
-                    if sum(scores):
-                        out[b, h, i] += score / sum(scores) * v[b, h // groups, j].double()
+                    if total:
+                        share = score / total if normaliser == "softmax" else score
+                        out[b, h, i] += share * v[b, h // groups, j].double()
     return out
 
 
@@ -67,6 +72,40 @@ def test_the_definition(kind: str, kv_heads: int) -> None:
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     actual = attention(*inputs, mask, None, 0.3, "full", 0.0)
     assert error(actual, one_by_one(*inputs, bias, 0.3)) <= tolerance(torch.float32)
+
+
+BEYOND = pytest.mark.parametrize(
+    "beyond",
+    [
+        {"softcap": 0.7}, {"sink": torch.zeros(4)}, {"sink": torch.linspace(-2, 2, 4)}, {"normaliser": "sigmoid"},
+        {"normaliser": "relu"}, {"softcap": 3.0, "sink": torch.linspace(-2, 2, 4)},
+        {"softcap": 3.0, "normaliser": "sigmoid"},
+    ],
+    ids=lambda beyond: " ".join(beyond),
+)  # fmt: skip
+
+
+@KINDS
+@BEYOND
+def test_the_definition_beyond_softmax(kind: str, beyond: dict[str, Any]) -> None:
+    inputs, mask = tensors(kv_heads=2), seen(kind)
+    bias = torch.zeros(2, 4, 5, 6)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    actual = attention(*inputs, mask, None, 0.3, "full", 0.0, **beyond)
+    assert error(actual, one_by_one(*inputs, bias, 0.3, **beyond)) <= tolerance(torch.float32)
+
+
+@BEYOND
+def test_gradients_beyond_softmax(beyond: dict[str, Any]) -> None:
+    inputs, mask = tensors(kv_heads=2, dtype=torch.float64, grad=True), seen("infinite")
+    sink = beyond["sink"].double().requires_grad_() if "sink" in beyond else None
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Any:
+        given = beyond | ({"sink": sinks[0]} if sinks else {})
+        return attention(query, key, value, mask, None, 0.3, "causal(0)", 0.0, **given)
+
+    assert torch.autograd.gradcheck(call, (*inputs, *([] if sink is None else [sink])), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +167,8 @@ def test_manners(kind: str, dtype: torch.dtype) -> None:
     inputs, mask = tensors(kv_heads=2, dtype=dtype, grad=True), seen(kind)
     padding = torch.ones(2, 6, dtype=torch.bool) if kind == "padding" else None
     torch.library.opcheck(attention, (*inputs, mask, padding, 0.3, "causal(0)", 0.0))
+    if kind == "none":
+        torch.library.opcheck(attention, (*inputs, mask, padding, 0.3, "causal(0)", 0.0, torch.ones(4), 5.0, "softmax"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

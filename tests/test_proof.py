@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter import proof
+from rewriter.facts import Operand
 from rewriter.proof import Proof
 from rewriter.raising import Match
 from rewriter.site import Causal, Dense, Full, Refusal
@@ -31,6 +32,18 @@ def called(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def two_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT + torch.where(mask, 0.0, -1e9) + torch.where(mask, 1.0, -2.0)).softmax(-1) @ v
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (torch.tanh(q @ k.mT / 3) * 3).masked_fill(~mask, -1e9).softmax(-1) @ v
+
+
+def with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+def scaled_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * v.std((0, 2, 3))[:, None, None]).softmax(-1) @ v
 
 
 @pytest.fixture
@@ -52,7 +65,21 @@ def with_reading(match: Match, **parts: Any) -> Match:
     return dataclasses.replace(match, reading=dataclasses.replace(match.reading, **parts))
 
 
-@pytest.mark.parametrize("function", [eager, called, two_masks])
+def with_masks(match: Match, *masks: dict[str, Any] | None) -> Match:
+    """The masks in order, each with these fields replaced; None leaves it out."""
+    changes, ops = iter(masks), []
+    for op in match.reading.ops:
+        change = {} if op.tensor is None else next(changes)
+        ops += [dataclasses.replace(op, **change)] if change is not None else []
+    return with_reading(match, ops=ops)
+
+
+def with_tensor(side: Operand, other: Operand) -> Operand:
+    """Another tensor in the same axes."""
+    return dataclasses.replace(side, placed=dataclasses.replace(side.placed, node=other.node))
+
+
+@pytest.mark.parametrize("function", [eager, called, two_masks, capped, with_sink, scaled_heads])
 def test_what_is_right_is_proved(match: Any, function: Any) -> None:
     assert Proof().check(match(function)) is None
 
@@ -64,29 +91,33 @@ TAMPERED: dict[str, tuple[Any, Callable[[Match], Match]]] = {
         eager,
         lambda m: with_reading(
             m,
-            key=dataclasses.replace(m.reading.key, node=m.reading.value.node),
-            value=dataclasses.replace(m.reading.value, node=m.reading.key.node),
+            key=with_tensor(m.reading.key, m.reading.value),
+            value=with_tensor(m.reading.value, m.reading.key),
         ),
     ),
     "queries and keys swapped": (
         called,
-        lambda m: with_reading(m, query=m.reading.key, key=m.reading.query),
+        lambda m: with_reading(
+            m,
+            query=with_tensor(m.reading.query, m.reading.key),
+            key=with_tensor(m.reading.key, m.reading.query),
+        ),
     ),
-    "mask forgotten": (eager, lambda m: with_reading(m, terms=[])),
-    "one of two masks forgotten": (two_masks, lambda m: with_reading(m, terms=m.reading.terms[:1])),
-    "mask turned around": (
-        eager,
-        lambda m: with_reading(m, terms=[dataclasses.replace(m.reading.terms[0], kind="keep")]),
-    ),
-    "mask scaled": (
-        two_masks,
-        lambda m: with_reading(m, terms=[m.reading.terms[0], dataclasses.replace(m.reading.terms[1], factor=0.5)]),
-    ),
+    "mask forgotten": (eager, lambda m: with_masks(m, None)),
+    "one of two masks forgotten": (two_masks, lambda m: with_masks(m, {}, None)),
+    "mask turned around": (eager, lambda m: with_masks(m, {"kind": "keep"})),
+    "mask scaled": (two_masks, lambda m: with_masks(m, {}, {"number": 0.5})),
+    "softcap": (capped, lambda m: with_site(m, softcap=4.0)),
+    "softcap forgotten": (capped, lambda m: with_site(m, softcap=None)),
+    "normaliser": (called, lambda m: with_site(m, normaliser="sigmoid")),
+    "sink forgotten": (with_sink, lambda m: with_reading(m, zero_sink=False)),
+    "factor forgotten": (scaled_heads, lambda m: with_masks(m, None)),
+    "factor turned around": (scaled_heads, lambda m: with_masks(m, {"kind": "div"})),
     "structure": (called, lambda m: with_site(m, mask=Full())),
     "offset": (called, lambda m: with_site(m, mask=Causal(1))),
     "a query that sees nothing": (
         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask),
-        lambda m: with_reading(m, terms=[dataclasses.replace(m.reading.terms[0], fill=-1e30)]),
+        lambda m: with_masks(m, {"number": -1e30}),
     ),
 }
 
@@ -178,7 +209,7 @@ def test_the_mathematics_is_proved_not_the_rounding(match: Any, dtype: torch.dty
 
 def test_a_region_that_needs_more_than_its_inputs(match: Any) -> None:
     found = match(eager)
-    less = with_reading(found, key=dataclasses.replace(found.reading.key, node=found.reading.query.node))
+    less = with_reading(found, key=with_tensor(found.reading.key, found.reading.query))
     refusal = Proof().check(less)
     assert isinstance(refusal, Refusal)
     assert "also depends on" in refusal.reason

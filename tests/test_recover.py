@@ -47,7 +47,7 @@ def built() -> nn.Module:
 def relative(module: nn.Module, kept: list[tuple[Operands, Tensor]]) -> float:
     """The definition: squared error over the square of the original, the mean over the samples."""
     with torch.no_grad():
-        errors = [((module(*o) - t) ** 2).sum() / (t**2).sum() for o, t in kept]
+        errors = [((module(*o.given) - t) ** 2).sum() / (t**2).sum() for o, t in kept]
     return torch.stack(errors).mean().item()
 
 

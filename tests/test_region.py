@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.facts import Op
 from rewriter.guard import error, tolerance
 from rewriter.ops import attention
 from rewriter.region import Region, hint, region_of, run
@@ -41,9 +42,8 @@ def region(rewrite: Any) -> Callable[..., Region]:
 def values(found: Region, *inputs: Tensor) -> list[Tensor]:
     """The tensors in the order of the region's inputs: queries, keys, values, masks."""
     reading = found.match.reading
-    assert reading.query and reading.key and reading.value
-    nodes = [reading.query.node, reading.key.node, reading.value.node]
-    by_node = dict(zip(nodes, inputs[:3], strict=True)) | {term.node: ~inputs[3] for term in reading.terms}
+    nodes = [side.node for side in reading.operands]
+    by_node = dict(zip(nodes, inputs[:3], strict=True)) | {placed.node: ~inputs[3] for placed in reading.tensors}
     return [by_node[node] for node in found.match.inputs]
 
 
@@ -107,10 +107,10 @@ def test_values_that_hide_a_row(region: Any, kind: str, infinite: bool) -> None:
     }
     q, _, _, mask = tensors(7, 7)
     found = region(spellings[kind], q, q.clone(), q.clone(), mask)
-    (term,) = found.match.reading.terms
+    (term,) = (op for op in found.match.reading.ops if op.tensor is not None)
     assert term.kind == kind
     for hide in (False, True):
-        made = found.values(hide_rows=hide, infinite=infinite)[term.node]
+        made = found.values(hide_rows=hide, infinite=infinite)[term.tensor.node]
         hidden = {"drop": made, "keep": ~made.bool(), "add": made <= torch.finfo(torch.float32).min}[kind]
         assert hidden[..., 0, :].all() == hide
         assert 0.1 < hidden[..., 1:, :].float().mean() < 0.5, "about a third is hidden"
@@ -174,9 +174,15 @@ def test_identity(region: Any) -> None:
         assert region(function, *inputs).identity() != first.identity()
     match = first.match
     site = dataclasses.replace(match, site=dataclasses.replace(match.site, mask=Causal()))
-    term = dataclasses.replace(match.reading.terms[0], kind="keep")
-    reading = dataclasses.replace(match, reading=dataclasses.replace(match.reading, terms=[term]))
-    assert len({first.identity(), Region(site).identity(), Region(reading).identity()}) == 3
+    others = [
+        dataclasses.replace(match, reading=dataclasses.replace(match.reading, ops=ops))
+        for ops in (
+            [dataclasses.replace(op, kind="keep") if op.kind == "drop" else op for op in match.reading.ops],
+            [dataclasses.replace(op, number=-1.0) if op.kind == "drop" else op for op in match.reading.ops],
+            [*match.reading.ops, Op("shift", 1.0)],
+        )
+    ]
+    assert len({first.identity(), Region(site).identity(), *(Region(other).identity() for other in others)}) == 5
 
 
 def test_it_survives_the_rewriting_of_its_graph(rewrite: Any) -> None:
@@ -193,7 +199,7 @@ def test_it_survives_the_rewriting_of_its_graph(rewrite: Any) -> None:
 
 def test_a_region_that_is_not_whole_is_refused(region: Any) -> None:
     match = region(shared, *tensors()).match
-    less = dataclasses.replace(match, reading=dataclasses.replace(match.reading, terms=[]))
+    less = dataclasses.replace(match, reading=dataclasses.replace(match.reading, ops=[]))
     refusal = region_of(less)
     assert isinstance(refusal, Refusal)
     assert "also depends on arg" in refusal.reason
@@ -220,5 +226,6 @@ def test_operands(region: Any, keep_mask: bool) -> None:
     operands = found.operands(found.values(), keep_mask=keep_mask)
     assert operands.mask is not None
     assert operands.padding.shape == (2, 7)
-    out = found.match.result(run, attention(*operands, *found.match.constants()))
+    size = found.size(found.values())
+    out = found.match.result(run, attention(*found.match.arguments(operands)), size)
     assert out.shape == q.shape

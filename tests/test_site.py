@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewriter.site import And, AttentionSite, Causal, Dense, Full, Mask, Padding, Refusal, SlidingWindow, ages
+from rewriter.site import (
+    And,
+    AttentionSite,
+    Causal,
+    Chunked,
+    DataChunked,
+    DataPrefix,
+    Dense,
+    Documents,
+    Full,
+    Mask,
+    Padding,
+    PrefixCausal,
+    Refusal,
+    SlidingWindow,
+    Window2d,
+    Window3d,
+    ages,
+)
 
 BOUND = st.none() | st.integers(0, 9)
 FACTORS = st.one_of(
     st.just(Full()),
     st.builds(Causal, st.integers(-9, 9)),
     st.builds(SlidingWindow, BOUND, BOUND),
-    st.just(Padding()),
-    st.just(Dense()),
+    st.builds(Chunked, st.integers(1, 9)),
+    st.builds(PrefixCausal, st.integers(0, 9)),
+    st.sampled_from([Padding(), Dense(), Documents(), DataPrefix()]),
+    st.builds(DataChunked, st.integers(1, 9)),
+    st.builds(Window2d, *[st.integers(0, 9)] * 4),
+    st.builds(Window3d, *[st.integers(0, 9)] * 6),
 )
 LENGTH = st.integers(1, 12)
 
@@ -65,9 +88,12 @@ def test_positional_leaves_out_what_depends_on_data(mask: Mask) -> None:
     positional = mask.positional
     assert not positional.has(Padding) and not positional.has(Dense)
     assert positional.positional == positional
-    assert [p for p in mask.parts() if isinstance(p, (Causal, SlidingWindow))] == [
+    assert [p for p in mask.parts() if isinstance(p, (Causal, SlidingWindow, Chunked, PrefixCausal))] == [
         p for p in positional.parts() if not isinstance(p, Full)
     ]
+    hidden = [p for p in mask.parts() if p != Full() and p not in positional.parts()]
+    assert all(isinstance(p, (Padding, Dense)) for p in hidden), "what `visible` does not say is a tensor"
+    assert all(p.visible(5, 7).all() for p in hidden)
 
 
 @given(LENGTH, LENGTH)
@@ -88,10 +114,22 @@ def test_masks_that_are_other_words_for_one_another(length: int, window: int) ->
     assert one.visible(length, length).sum(-1).tolist() == [min(window, i + 1) for i in range(length)]
 
 
+@given(LENGTH, LENGTH, st.integers(1, 9))
+def test_blocks_and_prefixes_are_counted_from_the_first_key(q_len: int, kv_len: int, size: int) -> None:
+    blocks, prefix = (mask.visible(q_len, kv_len) for mask in (Chunked(size), PrefixCausal(size)))
+    for i in range(q_len):
+        for j in range(kv_len):
+            place = i + kv_len - q_len
+            assert blocks[i, j] == (place // size == j // size)
+            assert prefix[i, j] == (j <= place or j < size)
+
+
 def test_masks_by_hand() -> None:
     assert str(Causal()) == "causal(0)"
     assert str(Full()) == "full"
     assert str(Padding() & SlidingWindow(None, 3)) == "padding & sliding_window(inf, 3)"
+    assert str(Chunked(4) & Causal() & Documents()) == "causal(0) & chunked(4) & documents"
+    assert str(Window2d(7, 7, 3, 3)) == "window2d(7, 7, 3, 3)"
     assert Mask.parse("causal") == Causal()
     assert isinstance(Padding() & Causal(), And)
     assert Causal().visible(1, 5).all(), "a step of decoding sees the whole cache"
@@ -100,8 +138,11 @@ def test_masks_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "banded", "causal(x)", "causal(1, 2)", "causal(inf)", "full(1)", "sliding_window", "padding, dense", "and(1)"],
-)
+    [
+        "", "banded", "causal(x)", "causal(1, 2)", "causal(inf)", "full(1)", "sliding_window", "padding, dense",
+        "and(1)", "chunked(0)", "chunked(inf)", "window2d(7, 7)", "documents(1)",
+    ],
+)  # fmt: skip
 def test_what_is_no_mask_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match="not a mask"):
         Mask.parse(text)
@@ -111,22 +152,43 @@ def test_what_is_no_mask_is_a_value_error(text: str) -> None:
 
 
 def test_the_key_knows_the_computation_and_not_its_place_or_size() -> None:
-    same = replace(SITE, path="layers.1.attention", source="", spelling="sdpa", batch=None, q_len=None, kv_len=1)
+    same = replace(
+        SITE, path="layers.1.attention", source="", spelling="sdpa", batch=None, q_len=None, kv_len=1, tokens="3x3",
+        edits=("squared",), observed=("bias table",),
+    )  # fmt: skip
     assert same.key() == SITE.key()
     others = [
         {"heads": 2}, {"kv_heads": 4}, {"head_dim": 32}, {"v_head_dim": 32}, {"dtype": "float32"}, {"scale": 1.0},
-        {"mask": Causal()}, {"device": "cuda"}, {"softmax_dtype": None}, {"dropout_p": 0.1},
+        {"mask": Causal()}, {"device": "cuda"}, {"softmax_dtype": None}, {"dropout_p": 0.1}, {"bias": "dense"},
+        {"softcap": 5.0}, {"softcap": 6.0}, {"normaliser": "sigmoid"}, {"sink": "zero"}, {"sink": "learned"},
+        {"factor": "head"},
     ]  # fmt: skip
     keys = {replace(SITE, **other).key() for other in others}
     assert len(keys | {SITE.key()}) == len(others) + 1
     assert "=".join(("mask", "causal(0) & padding")) in SITE.key()
+    assert not any(name in SITE.key() for name in ("bias", "softcap", "normaliser", "sink", "factor")), (
+        "the keys of plans that were written before these were known"
+    )
 
 
-@given(masks(), st.floats(0.001, 2), st.sampled_from([None, "float32"]))
-def test_a_site_is_read_back_from_its_key(mask: Mask, scale: float, softmax_dtype: str | None) -> None:
-    site = replace(SITE, mask=mask, scale=scale, softmax_dtype=softmax_dtype)
+BEYOND = {
+    "bias": st.sampled_from(["none", "alibi", "relative", "table", "decomposed", "dense"]),
+    "softcap": st.none() | st.floats(0.1, 100),
+    "normaliser": st.sampled_from(["softmax", "sigmoid", "relu"]),
+    "sink": st.sampled_from([None, "zero", "learned"]),
+    "factor": st.sampled_from([None, "scalar", "head", "query", "key"]),
+}
+
+
+@given(masks(), st.floats(0.001, 2), st.sampled_from([None, "float32"]), st.fixed_dictionaries(BEYOND))
+def test_a_site_is_read_back_from_its_key(
+    mask: Mask, scale: float, softmax_dtype: str | None, beyond: dict[str, Any]
+) -> None:
+    site = replace(SITE, mask=mask, scale=scale, softmax_dtype=softmax_dtype, **beyond)
     found = AttentionSite.parse(site.key(), path="here")
     assert found.key() == site.key()
+    assert {name: getattr(found, name) for name in beyond} == beyond
+    assert found.elements == site.elements
     assert (found.path, found.batch, found.q_len, found.kv_len) == ("here", None, None, None)
 
 
@@ -144,6 +206,11 @@ def test_a_site_prints_as_one_line() -> None:
     assert str(other) == (
         "<root>: 4 heads of 64>32, ?x9 tokens, causal(0) & padding, scale 0.125, bfloat16 dropout=0.1 [eager]"
     )
+    other = replace(SITE, bias="dense", softcap=5.0, sink="zero", edits=("weights_used", "squared"))
+    assert str(other) == (
+        "layers.0.attention: 4/2 heads of 64, 7x9 tokens, causal(0) & padding, scale 0.125, bfloat16, bias dense, "
+        "softcap 5.0, sink zero, weights_used, squared [eager]"
+    )
 
 
 def test_facts_of_a_site() -> None:
@@ -153,6 +220,12 @@ def test_facts_of_a_site() -> None:
     assert not SITE.single_query_decode
     assert replace(SITE, q_len=1).single_query_decode
     assert not replace(SITE, q_len=1, mask=SlidingWindow(3, 0)).single_query_decode
+
+
+def test_elements_are_what_a_variant_has_to_compute() -> None:
+    assert SITE.elements == frozenset()
+    every = replace(SITE, bias="alibi", softcap=5.0, sink="learned", normaliser="relu", factor="head", tokens="3x3")
+    assert every.elements == {"bias", "softcap", "sink", "relu"}, "a factor is put into the queries or the keys"
 
 
 def test_a_refusal_is_false_and_says_why() -> None:

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import rewriter.kernels
 from rewriter import variant as module
 from rewriter.errors import OptionError
+from rewriter.kernels.exact.sdpa import VARIANT as SDPA
+from rewriter.site import AttentionSite, Full, Refusal
+from rewriter.target import Target
 from rewriter.variant import ORIGINAL, Variant, modules_of, register, unregister, variants
 
 
@@ -72,3 +76,40 @@ def test_other_packages_join_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) 
         assert variants()["other"] is variants()["sdpa"]
     finally:
         module._discovered.cache_clear()
+
+
+# --- which sites a variant takes -------------------------------------------------------------------------------------
+
+SITE = AttentionSite(
+    path="a", heads=1, kv_heads=1, head_dim=8, v_head_dim=8, dtype="float32", scale=1.0, mask=Full(), source="m.py:1"
+)
+
+
+def test_a_variant_takes_what_it_applies_to() -> None:
+    assert SDPA.takes(SITE, Target.current()) is True
+    refusal = SDPA.takes(replace(SITE, dropout_p=0.1), Target.current())
+    assert isinstance(refusal, Refusal) and refusal == SDPA.applies(replace(SITE, dropout_p=0.1), Target.current())
+
+
+@pytest.mark.parametrize(
+    ("facts", "missing"),
+    [
+        ({"softcap": 5.0}, "softcap"), ({"sink": "zero"}, "sink"), ({"normaliser": "sigmoid"}, "sigmoid"),
+        ({"softcap": 5.0, "sink": "learned", "bias": "dense"}, "sink, softcap"),
+    ],
+)  # fmt: skip
+def test_what_a_variant_does_not_compute_it_does_not_take(facts: dict[str, Any], missing: str) -> None:
+    site = replace(SITE, **facts)
+    refusal = SDPA.takes(site, Target.current())
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.path, refusal.source) == (f"it does not compute {missing}", "a", "m.py:1")
+    assert replace(SDPA, elements=site.elements).takes(site, Target.current()) is True
+    assert variants()[ORIGINAL].takes(site, Target.current()) is True
+
+
+def test_a_kept_site_is_taken_by_nothing_but_the_original() -> None:
+    site = replace(SITE, edits=("weights_used", "squared"))
+    refusal = SDPA.takes(site, Target.current())
+    assert isinstance(refusal, Refusal)
+    assert "weights_used, squared" in refusal.reason and refusal.path == "a"
+    assert variants()[ORIGINAL].takes(site, Target.current()) is True

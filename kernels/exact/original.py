@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Padding, SlidingWindow
+from rewriter.ops import attention_math
+from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import ORIGINAL, Case, Config, Implementation, Variant
 
@@ -24,10 +25,10 @@ def reference(
     value: Tensor,
     mask: Tensor | None,
     padding: Tensor | None,
-    site: AttentionSite,
-    config: Config,
+    *given: Any,
 ) -> Tensor:
     """One query of one head at a time: (B, H, Sq, Dv). A query that sees no key gives zeros."""
+    *sink, site, _ = given
     batch, heads, q_len, _ = query.shape
     kv_len, groups = key.shape[2], heads // key.shape[1]
     seen = site.mask.visible(q_len, kv_len, query.device).expand(batch, heads, q_len, kv_len)
@@ -38,35 +39,16 @@ def reference(
         bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     out = query.new_zeros(batch, heads, q_len, value.shape[-1])
     for b, h, i in torch.isfinite(bias).any(-1).nonzero().tolist():
-        scores = site.scale * key[b, h // groups] @ query[b, h, i] + bias[b, h, i]
-        out[b, h, i] = scores.softmax(0) @ value[b, h // groups]
+        scores = site.scale * key[b, h // groups] @ query[b, h, i]
+        if site.softcap is not None:
+            scores = site.softcap * (scores / site.softcap).tanh()
+        scores = scores + bias[b, h, i]
+        if site.normaliser == "softmax":
+            weights = torch.cat([scores, *(each[h : h + 1] for each in sink)]).softmax(0)[:kv_len]
+        else:
+            weights = scores.sigmoid() if site.normaliser == "sigmoid" else scores.relu()
+        out[b, h, i] = weights @ value[b, h // groups]
     return out
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    *,
-    scale: float,
-    positional: Mask,
-    dropout_p: float,
-) -> Tensor:
-    """The definition with all queries at once, normalised in float32 or wider."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(-2, -1) * scale).to(torch.promote_types(query.dtype, torch.float32))
-    if mask is None:
-        mask = positional.visible(query.shape[2], key.shape[2], query.device)
-        if padding is not None:
-            mask = mask & padding[:, None, None, :]
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    # softmax of nothing but -inf would be NaN, forward and backward.
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0).to(query.dtype)
-    return torch.dropout(weights, dropout_p, train=dropout_p > 0) @ value
 
 
 def applies(site: AttentionSite, target: Target) -> bool:
@@ -80,8 +62,21 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
 
 
 def build(site: AttentionSite, config: Config) -> Implementation:
-    """The eager mathematics."""
-    return partial(attend, scale=site.scale, positional=site.mask.positional, dropout_p=site.dropout_p)
+    """The canonical operator's own mathematics."""
+    structure = str(site.mask.positional)
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+    ) -> Tensor:
+        if mask is None and padding is not None:
+            mask = site.mask.visible(query.shape[2], key.shape[2], query.device) & padding[:, None, None, :]
+        logits = sink[0] if sink else None
+        return attention_math(
+            query, key, value, mask, padding, site.scale, structure, site.dropout_p, logits, site.softcap or 0.0,
+            site.normaliser,
+        )  # fmt: skip
+
+    return attend
 
 
 _SITE = AttentionSite(
@@ -102,5 +97,12 @@ VARIANT = Variant(
         Case(site=replace(_SITE, mask=Causal() & Padding())),
         Case(site=replace(_SITE, mask=Full(), kv_len=20, v_head_dim=8)),
         Case(site=replace(_SITE, mask=SlidingWindow(7, 0) & Dense(), dtype="bfloat16")),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), bias="dense")),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), softcap=2.0, dtype="bfloat16")),
+        Case(site=replace(_SITE, sink="zero")),
+        Case(site=replace(_SITE, mask=Full() & Padding(), sink="learned", softcap=2.0)),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), normaliser="sigmoid")),
+        Case(site=replace(_SITE, normaliser="relu", bias="dense")),
     ],
+    elements=frozenset({"bias", "softcap", "sink", "sigmoid", "relu"}),
 )

@@ -121,6 +121,8 @@ VARIANT = Variant(
         Case(site=replace(_SITE, mask=Full() & Padding(), v_head_dim=24)),
         Case(site=replace(_SITE, mask=Causal() & SlidingWindow(20, 0))),
         Case(site=replace(_SITE, mask=Dense())),
+        Case(site=replace(_SITE, bias="dense")),
     ],
-    near_misses=[replace(_SITE, dropout_p=0.1)],
+    near_misses=[replace(_SITE, dropout_p=0.1), replace(_SITE, softcap=5.0), replace(_SITE, sink="learned")],
+    elements=frozenset({"bias"}),
 )

@@ -30,12 +30,12 @@ class Candidate:
 def candidates(sites: Iterable[AttentionSite]) -> list[Candidate]:
     """Every variant but the original at every group of sites with equal facts."""
     found = []
-    for group in grouped(sites, lambda site: (shape_of(site.path), site.key())):
+    for group in grouped(sites, lambda site: (shape_of(site.path), site.key(), site.edits)):
         site, paths = group[0], joined([each.path for each in group])
         target = Target.current(site.device)
         for name, variant in variants().items():
             if name != ORIGINAL:
-                answer = variant.applies(site, target)
+                answer = variant.takes(site, target)
                 reason = "" if answer else getattr(answer, "reason", "it does not apply here")
                 found.append(Candidate(paths, name, variant.fidelity, bool(answer), reason))
     return found

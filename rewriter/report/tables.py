@@ -52,13 +52,14 @@ def print_report(report: Report, console: Console) -> None:
 def site_table(sites: Iterable[AttentionSite]) -> Table:
     """One line for equal sites."""
     table = _table("sites", "number", "heads", "tokens", "mask", "scale", "type", "spelling")
-    groups = grouped(sites, lambda s: (shape_of(s.path), s.key(), s.batch, s.q_len, s.kv_len, s.spelling))
+    groups = grouped(sites, lambda s: (shape_of(s.path), s.key(), s.edits, s.batch, s.q_len, s.kv_len, s.spelling))
     for group in groups:
         site = group[0]
         heads = f"{site.heads}" if site.kv_heads == site.heads else f"{site.heads}/{site.kv_heads}"
         width = f"{site.head_dim}" if site.head_dim == site.v_head_dim else f"{site.head_dim}>{site.v_head_dim}"
         tokens = "x".join("?" if n is None else str(n) for n in (site.q_len, site.kv_len))
-        mask = f"{site.mask}" + (f", dropout {site.dropout_p}" if site.dropout_p else "")
+        dropped = (f"dropout {site.dropout_p}",) if site.dropout_p else ()
+        mask = ", ".join((f"{site.mask}", *dropped, *site.beyond))
         _row(
             table, joined([s.path for s in group]), str(len(group)), f"{heads} of {width}", tokens, mask,
             f"{site.scale:.4g}", site.dtype, site.spelling,

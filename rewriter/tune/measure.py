@@ -75,7 +75,7 @@ class SiteBench:
         self._region = region
         self._original = region.module(sizes)
         self._values = region.values(sizes)
-        self._operands = region.operands(self._values, keep_mask=False)
+        self._operands = region.operands(self._values, sizes, keep_mask=False)
         self.site = region.match.site
 
     def original(self) -> Any:
@@ -89,7 +89,7 @@ class SiteBench:
 
         def run() -> object:
             with torch.no_grad():
-                return implementation(*operands)
+                return implementation(*operands.given)
 
         return run
 

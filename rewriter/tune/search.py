@@ -27,7 +27,7 @@ from rewriter.region import Region
 from rewriter.select import WORTH_IT, bench, candidates, working
 from rewriter.site import AttentionSite
 from rewriter.target import Target
-from rewriter.tune.slots import SlotRewriter, Switches, detached, standing_in
+from rewriter.tune.slots import SlotRewriter, Switches, detached
 from rewriter.variant import ORIGINAL, Config, Implementation, Variant
 
 _SECONDS_A_KEY = 4.0
@@ -117,7 +117,7 @@ class Tuning:
             for number, batch in enumerate(reversed(kinds.values())):
                 self.progress("capture", number, len(kinds))
                 self.model(*batch.args, **batch.kwargs)
-                if number == 0 and not self.slots.sites:
+                if number == 0 and not self.slots.replaceable:
                     raise no_attention(self.slots)
 
     def measure_sites(self) -> None:
@@ -163,9 +163,8 @@ class Tuning:
         def compare(site: AttentionSite, operands: Operands, out: Tensor) -> None:
             choices = self.choices.get(site.path)
             for candidate in choices.others if choices is not None else ():
-                match = self.slots.regions[site.path].match
                 try:
-                    found = relative_rms(standing_in(match, candidate.implementation, operands), out)
+                    found = relative_rms(candidate.implementation(*operands.given), out)
                 except Exception:  # It worked at the size that was timed, and not at this one.
                     found = float("inf")
                 sums.setdefault(id(candidate), []).append(found)
@@ -197,7 +196,7 @@ class Tuning:
             for candidate in self.choices[path].others:
                 if candidate.variant.fidelity == "learned" and not self.deadline.over():
                     assert isinstance(candidate.implementation, nn.Module)
-                    fit(candidate.implementation, [(o, _canonical_form(t, o)) for o, t in kept])
+                    fit(candidate.implementation, kept)
 
     def place(self, threshold: float) -> None:
         """Switch every slot to what a threshold chooses."""
@@ -282,6 +281,12 @@ def no_attention(seen: GraphRewriter) -> CaptureError | NoAttentionError:
             "torch.compile captures nothing of this model, which is TorchScript, kept out by torch.compiler.disable, "
             "or computes nothing; give the module as it was written"
         )
+    if seen.sites:
+        kept = next(iter(seen.sites.values()))
+        return NoAttentionError(
+            f"no attention in this model can be replaced; the one at {kept.path or '<root>'} is recognised and stays "
+            f"as it is ({', '.join(kept.edits)}); see rewriter.explain"
+        )
     if seen.refusals:
         return NoAttentionError(
             f"no attention in this model could be taken; the nearest was {seen.refusals[0]}; see rewriter.explain"
@@ -297,11 +302,6 @@ def _descending(accepted: Iterable[float], levels: Sequence[float]) -> list[floa
         tries.append(levels[place])
         place = int(place * 0.7)
     return [*tries, 0.0]
-
-
-def _canonical_form(out: Tensor, operands: Operands) -> Tensor:
-    """The original's output as (B, H, Sq, Dv)."""
-    return out if out.dim() == 4 else out.unsqueeze(1)
 
 
 def _built(variant: Variant, site: AttentionSite, config: Config) -> Implementation:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.backend import GraphRewriter
+from rewriter.canonical import SizeOf
 from rewriter.capture import Graph
 from rewriter.lower import clean
 from rewriter.raising import Match, Operands, Raised, raise_sites
@@ -22,7 +23,7 @@ from rewriter.site import AttentionSite
 from rewriter.variant import Implementation
 
 Observer = Callable[[AttentionSite, Operands, Tensor], None]
-"""Sees a site, its canonical operands and the output of its original code, in the form of the graph."""
+"""Sees a site, its canonical operands and the output of its original code, as (B, H, Sq, Dv)."""
 
 
 class Slot(nn.Module):
@@ -35,22 +36,22 @@ class Slot(nn.Module):
         self.match: Match = region.match
         self.switches = switches
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, *inputs: Any) -> Tensor:
+    def forward(self, *arguments: Any) -> Tensor:
         """The canonical operands, and the inputs of the original code; the output in the form of the graph."""
+        operands, inputs = Operands(*arguments[:6]), arguments[6:]
         site = self.match.site
         implementation = self.switches.active.get(site.path)
         if implementation is not None and fits(site, self.switches.keys[site.path]):
-            return standing_in(self.match, implementation, Operands(query, key, value, mask, padding))
+            made: Tensor = self.match.result(run, implementation(*operands.given), self._size(inputs))
+            return made.contiguous()
         out: Tensor = self.original(*inputs)
         if self.switches.observer is not None:
-            self.switches.observer(site, Operands(query, key, value, mask, padding), out)
+            self.switches.observer(site, operands, self.match.canonical_output(out, self._size(inputs)))
         return out
 
-
-def standing_in(match: Match, implementation: Implementation, operands: Operands) -> Tensor:
-    """The output of an implementation in the form of the graph, with the strides of the original's."""
-    out: Tensor = match.result(run, implementation(*operands))
-    return out.contiguous()
+    def _size(self, inputs: Sequence[Any]) -> SizeOf:
+        values = dict(zip(self.match.inputs, inputs, strict=False))  # sizes from outside follow
+        return self.region.size(values)
 
 
 @dataclass
@@ -100,7 +101,7 @@ def _place(gm: Graph, raised: list[Raised], slots: list[Slot]) -> None:
         gm.add_submodule(name, slot)
         inputs = [outputs.get(node, node) for node in (*place.match.inputs, *slot.region.sizes)]
         with gm.graph.inserting_before(place.call):
-            node = gm.graph.call_module(name, (*place.call.args[:5], *inputs))
+            node = gm.graph.call_module(name, (*place.operands, *inputs))
         node.meta = dict(place.match.output.meta)
         place.result.replace_all_uses_with(node)
         outputs[place.match.output] = node

@@ -1,0 +1,116 @@
+"""Softmax written out: exp(s - max) / sum(exp(s - max)), perhaps without the maximum, perhaps with 1 more in the sum
+("softmax1", Miller 2023, "Attention is off by one")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.pattern import Normaliser, Pattern, argument, constant, is_call, value_of
+
+_ATEN = torch.ops.aten
+
+
+def normaliser(node: fx.Node) -> Normaliser | None:
+    """e / e.sum(axis, keepdim=True) with e = exp(scores)."""
+    if is_call(node, _ATEN.exp):
+        return _by_logarithm(node) or _divided_later(node)
+    if not is_call(node, _ATEN.div, _ATEN.true_divide) or len(node.args) != 2:
+        return None
+    power, total = node.args
+    if not is_call(power, _ATEN.exp):
+        return None
+    assert isinstance(power, fx.Node) and isinstance(total, fx.Node | int | float)
+    one_more = False
+    if is_call(total, _ATEN.add):
+        assert isinstance(total, fx.Node)
+        left, right = total.args[:2]
+        total, other = (left, right) if is_call(left, _ATEN.sum) else (right, left)
+        one_more = _is_one(other, power)
+        if not one_more:
+            return None
+    if not is_call(total, _ATEN.sum):
+        return None
+    assert isinstance(total, fx.Node)
+    axes, keeps = argument(total, "dim"), argument(total, "keepdim")
+    summed = total.args[0]
+    again = is_call(summed, _ATEN.exp) and summed.all_input_nodes == power.all_input_nodes  # type: ignore[union-attr]
+    if not (summed is power or again) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+        return None
+    scores = power.all_input_nodes[0]
+    if one_more and is_call(scores, _ATEN.sub):  # the 1 was shifted too, as exp(-max)
+        scores = scores.all_input_nodes[0]
+    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, zero_sink=one_more)
+
+
+def _by_logarithm(node: fx.Node) -> Normaliser | None:
+    """exp(s - logsumexp(s, axis, keepdim=True))."""
+    difference = node.all_input_nodes[0]
+    if not is_call(difference, _ATEN.sub):
+        return None
+    scores, total = difference.args[:2]
+    if not isinstance(scores, fx.Node) or not is_call(total, _ATEN.logsumexp):
+        return None
+    assert isinstance(total, fx.Node)
+    axes, keeps = argument(total, "dim"), argument(total, "keepdim")
+    if total.args[0] is not scores or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+        return None
+    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype)
+
+
+def _divided_later(node: fx.Node) -> Normaliser | None:
+    """exp(s) goes into the product with the values, and the result is divided by its sum."""
+    sums = [user for user in node.users if is_call(user, _ATEN.sum)]
+    axes = argument(sums[0], "dim") if sums else None
+    if len(sums) != 1 or not isinstance(axes, (list, tuple)) or len(axes) != 1 or len(node.users) < 2:
+        return None
+    if any(is_call(user, _ATEN.div, _ATEN.true_divide) for user in node.users):
+        return None
+    scores = node.all_input_nodes[0]
+    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, edit="divided_later")
+
+
+def _is_one(other: Any, power: fx.Node) -> bool:
+    """exp(0), shifted as the scores were: 1 beside exp(s), exp(-m) beside exp(s - m)."""
+    shifted = power.all_input_nodes[0]
+    if not is_call(shifted, _ATEN.sub):
+        return constant(other) == 1.0
+    if not is_call(other, _ATEN.exp):
+        return False
+    inner = other.all_input_nodes[0]
+    return is_call(inner, _ATEN.neg) and inner.all_input_nodes[0] is shifted.args[1]
+
+
+def _written(scale: float, shift: bool, one: bool) -> Callable[..., torch.Tensor]:
+    def example(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        s = (q @ k.mT * scale).masked_fill(~mask, -1e30)
+        m = s.amax(-1, keepdim=True) if shift else torch.zeros((), dtype=s.dtype)
+        e = (s - m).exp() if shift else s.exp()
+        total = e.sum(-1, keepdim=True)
+        if one:
+            total = total + ((-m).exp() if shift else 1.0)
+        return (e / total) @ v
+
+    return example
+
+
+def _by_logsumexp(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    s = q @ k.mT * 0.3  # a row that is hidden altogether would sum to the number of keys
+    return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+PATTERN = Pattern(
+    name="decomposed_softmax",
+    normaliser=normaliser,
+    examples=(
+        _written(1 / math.sqrt(7), True, False),
+        _written(0.3, False, False),
+        _written(0.3, True, True),
+        _written(0.3, False, True),
+        _by_logsumexp,
+    ),
+)

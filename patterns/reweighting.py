@@ -1,0 +1,38 @@
+"""What is done to finished weights: divided by a sum of their own, cleaned of NaN, or to scores: clamped."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from rewriter.pattern import Pattern, Step, is_call
+
+_ATEN = torch.ops.aten
+
+
+def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
+    """`nan_to_num` is a guard for rows that see nothing; the others are edits."""
+    if is_call(node, _ATEN.nan_to_num):
+        return Step("guard", node.all_input_nodes[0], name="nan_to_num")
+    if is_call(node, _ATEN.div) and len(node.args) == 2:
+        weights, total = node.args
+        while is_call(total, _ATEN.clamp, _ATEN.clamp_min, _ATEN.add, _ATEN.expand, _ATEN.expand_as):
+            assert isinstance(total, fx.Node)
+            total = total.args[0]
+        if isinstance(weights, fx.Node) and is_call(total, _ATEN.sum) and not is_call(weights, _ATEN.exp):
+            return Step("edit", weights, name="renormalised")
+    if is_call(node, _ATEN.clamp, _ATEN.clamp_min, _ATEN.clamp_max, _ATEN.hardtanh):
+        return Step("edit", node.all_input_nodes[0], name="clamped")
+    if is_call(node, _ATEN.pow, _ATEN.square):
+        return Step("edit", node.all_input_nodes[0], name="squared")
+    return None
+
+
+PATTERN = Pattern(
+    name="reweighting",
+    element=element,
+    examples=(
+        lambda q, k, v, mask: (q @ k.mT).clamp(-2.0, 2.0).masked_fill(~mask, -1e30).softmax(-1) @ v,
+        lambda q, k, v, mask: (q @ k.mT).masked_fill(~mask, -1e30).softmax(-1).square() @ v,
+    ),
+)

@@ -1,0 +1,377 @@
+"""What a walk means: the axes are carried from the product of queries and keys to the product with the values."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import fx
+
+from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, forward, fresh, refined, shape_of
+from rewriter.beyond import drop_shifts, made_from, outside
+from rewriter.facts import Op, Operand, Reading
+from rewriter.operands import is_changed, strip, unexpanded
+from rewriter.pattern import Call, Contraction, Normaliser, Step, constant, value_of
+from rewriter.site import Refusal
+from rewriter.walk import Product, Way, described
+
+
+def read_call(node: fx.Node, call: Call) -> Reading | Refusal:
+    """An attention that is one call."""
+    query, key, value = fresh(call.query), fresh(call.key), fresh(call.value)
+    batch = shape_of(node)[:-2]
+    shared: Layout = tuple((Atom(size),) if size != 1 else () for size in batch)
+    ratio: Axis = ()
+    if call.grouped and len(batch) >= 1 and shape_of(call.key)[-3] != shape_of(call.query)[-3]:
+        groups = broadcast_groups(shape_of(call.query)[-3], shape_of(call.key)[-3])
+        if groups is None:
+            return Refusal("the query heads cannot share the key heads")
+        ratio = groups
+        shared = (*shared[:-1], groups)
+    width, columns = query[-1] or (Atom(1),), key[-2]
+    placed = []
+    for source, given, inner in (
+        (call.query, query, (query[-2], width)),
+        (call.key, key, (columns, width)),
+        (call.value, value, (columns, value[-1])),
+    ):
+        outer = shared[len(shared) - (len(given) - 2) :]
+        if ratio and source is not call.query:
+            outer = (*outer[:-1], ratio[:1] if shape_of(source)[-3] != 1 else ())
+        axes = [() if size == 1 else axis for size, axis in zip(shape_of(source)[:-2], outer, strict=True)]
+        placed.append(Placed(source, (*axes, *inner)))
+    rows = query[-2]
+    reading = Reading(
+        query=Operand("query", placed[0]),
+        key=Operand("key", placed[1]),
+        value=Operand("value", placed[2]),
+        output=Placed(node, (*shared, rows, value[-1])),
+        rows=rows,
+        columns=columns,
+        width=width,
+        value_width=value[-1],
+        frame=(*shared, rows, columns),
+        ops=[Op("scale", call.scale)],
+        causal=call.causal,
+        dropout_p=call.dropout_p,
+        spelling=call.spelling,
+        product=node,
+        weights=node,
+    )
+    if call.mask is not None:
+        axes_of_mask = broadcast(call.mask, reading.frame)
+        if axes_of_mask is None:
+            return Refusal("the mask is larger than the scores")
+        kind: Literal["keep", "add"] = "keep" if value_of(call.mask).dtype == torch.bool else "add"
+        number = float("-inf") if kind == "keep" else 1.0
+        reading.ops.append(Op(kind, number, Placed(call.mask, axes_of_mask)))
+    strip(reading)
+    return reading
+
+
+def broadcast_groups(heads: object, kv_heads: object) -> Axis | None:
+    """(kv heads, queries to each) of grouped heads."""
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        return None
+    return (Atom(kv_heads), Atom(heads // kv_heads)) if kv_heads > 1 else ((Atom(heads)),)
+
+
+def read_ways(node: fx.Node, normaliser: Normaliser, up: Product, down: Product) -> Reading | Refusal:
+    """An attention that is spelled out: from the product `up` through the normaliser `node` to the product `down`."""
+    scores = _Scores(up)
+    reason = scores.follow(up.way)
+    if reason is not None:
+        return reason
+    weights = _Weights(scores, node, normaliser)
+    return weights.follow(down.way, down.node) or weights.meet(down)
+
+
+class _Scores:
+    """The axes of the scores on their way to the normaliser, and what happened to them."""
+
+    def __init__(self, up: Product) -> None:
+        contraction = up.contraction
+        labels = _labelled(contraction)
+        self.product = up.node
+        self.left = Placed(contraction.left, _layout(contraction.left, contraction.left_labels, labels))
+        self.right = Placed(contraction.right, _layout(contraction.right, contraction.right_labels, labels))
+        self.layout = _layout(up.node, contraction.out_labels, labels)
+        self.width = tuple(
+            atom
+            for label in dict.fromkeys((*contraction.left_labels, *contraction.right_labels))
+            if label not in contraction.out_labels
+            for atom in labels[label]
+        )
+        self.ops = [Op("scale", contraction.alpha)] if contraction.alpha != 1 else []
+        self.edits: list[str] = [contraction.edit] if contraction.edit else []
+        self.mixed: list[Axis] = []
+        self.joined: Axis | None = None
+        """The keys of these scores, where others stand beside them."""
+        self.sink: fx.Node | None = None
+        self.sink_axes: Layout = ()
+        self.zero_sink = False
+        self.one_row = "row" in contraction.out_labels and not labels["row"] and len(contraction.out_labels) > 3
+        self.addend = contraction.addend
+        self.beta = contraction.beta
+
+    def follow(self, way: Way) -> Refusal | None:
+        """Take every step; a sentence where one cannot be taken."""
+        if self.addend is not None:
+            step = Step("add", self.product, self.addend, self.beta)
+            way = ((self.product, step), *way)
+        for node, step in way:
+            reason = self._take(node, step)
+            if reason is not None:
+                return reason
+        return None
+
+    def _take(self, node: fx.Node, step: Step) -> Refusal | None:
+        if (self.sink is not None or self.zero_sink) and step.kind not in ("same", "add"):
+            return Refusal(f"the scores and their sink are changed together at {described(node)}")
+        if step.kind == "view":
+            assert step.view is not None
+            moved = forward(node, step.view, self.layout)
+            if moved is None:
+                return Refusal(f"the axes of the scores cannot be followed through {described(node)}")
+            self.layout = moved
+        elif step.kind in ("scale", "shift"):
+            self.ops.append(Op(step.kind, step.number))
+        elif step.kind == "cap":
+            self.ops.append(Op("cap"))
+        elif step.kind in ("edit", "guard"):
+            self._edit(node, step)
+        elif step.kind == "sink":
+            return self._add_sink(node, step)
+        elif step.kind in ("add", "mul", "div", "keep", "drop"):
+            return self._combine(node, step)
+        elif step.kind != "same":
+            return Refusal(f"the reading of the scores stopped at {described(node)}")
+        return None
+
+    def _edit(self, node: fx.Node, step: Step) -> None:
+        self.edits.append(step.name)
+        if step.axis is not None:
+            axis = step.axis % len(self.layout)
+            if step.name == "joined_scores":
+                self.joined = self.layout[axis]
+            else:
+                self.mixed.append(self.layout[axis])
+            if shape_of(node)[axis] != shape_of(step.source)[axis]:
+                self.layout = (*self.layout[:axis], (Atom(shape_of(node)[axis]),), *self.layout[axis + 1 :])
+
+    def _add_sink(self, node: fx.Node, step: Step) -> Refusal | None:
+        assert step.axis is not None
+        if self.sink is not None or self.zero_sink:
+            return Refusal("two sinks")
+        self.zero_sink = step.tensor is None
+        if step.tensor is not None:
+            axes = broadcast(step.tensor, self.layout)
+            if axes is None:
+                return Refusal("a sink that is larger than the scores")
+            self.sink, self.sink_axes = unexpanded(step.tensor, axes)
+        return None
+
+    def _combine(self, node: fx.Node, step: Step) -> Refusal | None:
+        assert step.tensor is not None
+        if len(shape_of(node)) < len(self.layout):
+            return Refusal(f"the axes of the scores cannot be followed through {described(node)}")
+        given = ((),) * (len(shape_of(node)) - len(self.layout)) + self.layout
+        # A mask may be larger than the scores: there is one product for several of its heads.
+        frame = tuple(
+            refined(axis) or ((Atom(size),) if size != 1 else ())
+            for size, axis in zip(shape_of(node), given, strict=True)
+        )
+        axes = broadcast(step.tensor, frame)
+        if axes is None:
+            return Refusal(f"the mask is larger than the scores at {described(node)}")
+        if self.sink is not None or self.zero_sink:
+            # Beside a sink only what is the same for the sink and all keys is understood, and that changes nothing.
+            if shape_of(step.tensor)[-1:] == [1]:
+                return None
+            return Refusal(f"a mask over the scores and their sink at {described(node)}")
+        self.layout = frame
+        kind = step.kind
+        if kind == "add" and constant(step.tensor) == 0 and not is_changed(step.tensor):
+            return None
+        assert kind in ("add", "mul", "div", "keep", "drop")
+        self.ops.append(Op(kind, step.number, Placed(step.tensor, axes)))
+        return None
+
+
+class _Weights:
+    """The axes of the weights on their way from the normaliser to the values."""
+
+    def __init__(self, scores: _Scores, node: fx.Node, normaliser: Normaliser) -> None:
+        self.scores, self.node, self.normaliser = scores, node, normaliser
+        self.layout = self.frame = scores.layout
+        self.over = None if normaliser.kind != "softmax" else scores.layout[normaliser.axis % len(scores.layout)]
+        self.edits = list(scores.edits) + ([normaliser.edit] if normaliser.edit else [])
+        self.doubts: list[str] = []
+        self.ops = list(scores.ops)
+        self.dropout_p = 0.0
+
+    def follow(self, way: Way, end: fx.Node) -> Refusal | None:
+        """Take every step on the way to the product at `end`; a sentence where one cannot be taken."""
+        nodes = [self.node, *(node for node, _ in way), end]
+        for node, below in itertools.pairwise(nodes):
+            # A guard looks at the weights too, on the same way.
+            if any(user is not below and not made_from(below, user) for user in node.users):
+                self.edits.append("weights_used")
+        for node, step in way:
+            reason = self._take(node, step)
+            if reason is not None:
+                return reason
+        return None
+
+    def _take(self, node: fx.Node, step: Step) -> Refusal | None:
+        if step.kind == "view":
+            assert step.view is not None
+            moved = forward(node, step.view, self.layout)
+            if moved is None:
+                return Refusal(f"the axes of the weights cannot be followed through {described(node)}")
+            self.layout = moved
+        elif step.kind == "dropout":
+            if step.number and self.dropout_p:
+                self.edits.append("dropped_twice")
+            self.dropout_p = self.dropout_p or step.number
+        elif step.kind in ("keep", "drop"):
+            self._guard(node, step)
+        elif step.kind == "slice":
+            if self.scores.sink is None and not self.scores.zero_sink:
+                self._part(node, step)
+        elif step.kind == "guard":
+            self.doubts.append(step.name)
+        elif step.kind == "edit":
+            self.scores.layout = self.layout
+            self.scores._edit(node, step)
+            self.layout = self.scores.layout
+            self.edits.append(step.name)
+        elif step.kind in ("scale", "mul", "div", "add", "shift"):
+            self.edits.append("weights_scaled" if step.kind in ("scale", "mul", "div") else "weights_shifted")
+        elif step.kind != "same":
+            return Refusal(f"the reading of the weights stopped at {described(node)}")
+        return None
+
+    def _part(self, node: fx.Node, step: Step) -> None:
+        """Some of the weights, of one head, say: what follows is not the whole attention."""
+        assert step.axis is not None
+        self.edits.append("weights_parted")
+        new = () if step.number == 0 else ((Atom(shape_of(node)[step.axis]),),)
+        self.layout = (*self.layout[: step.axis], *new, *self.layout[step.axis + 1 :])
+
+    def _guard(self, node: fx.Node, step: Step) -> None:
+        """Weights that are set to 0. For rows that see nothing, that is what the operator does by itself."""
+        if step.number != 0:
+            self.edits.append("weights_masked")
+            return
+        same = [i for i, op in enumerate(self.ops) if op.tensor is not None and op.tensor.node is step.tensor]
+        if same and self.ops[same[-1]].kind == step.kind:
+            self.ops[same[-1]] = replace(self.ops[same[-1]], number=float("-inf"))
+        else:
+            self.doubts.append("weights_masked")
+
+    def meet(self, down: Product) -> Reading | Refusal:
+        """The product with the values."""
+        contraction = down.contraction
+        last = down.way[-1][0] if down.way else self.node
+        mine, others, value = (
+            (contraction.left_labels, contraction.right_labels, contraction.right)
+            if contraction.left is last
+            else (contraction.right_labels, contraction.left_labels, contraction.left)
+        )
+        if value is last:
+            return Refusal("the weights are multiplied by themselves")
+        if contraction.addend is not None or contraction.alpha != 1:
+            self.edits.append("output_shifted")
+        labels: dict[object, Axis] = {}
+        for label, axis in zip(mine, self.layout, strict=True):
+            labels[label] = labels.get(label) or axis
+        for label, size in zip(others, shape_of(value), strict=True):
+            if not labels.get(label):
+                labels[label] = (Atom(size),) if size != 1 else ()
+        summed = [label for label in mine if label not in contraction.out_labels]
+        columns = refined(tuple(atom for label in summed for atom in labels[label]))
+        over = refined(self.over) if self.over is not None else columns
+        if self.scores.joined is not None:
+            columns = over = refined(self.scores.joined)
+        if set(columns) != set(over) or (not columns and not summed):
+            return Refusal("the values are summed over other axes than the weights are normalised over")
+        if any(label not in others for label in summed):
+            return Refusal("the weights are summed without values")
+        placed = Placed(value, tuple(() if s == 1 else labels[n] for n, s in zip(others, shape_of(value), strict=True)))
+        ours = {label for label, axis in zip(mine, self.layout, strict=True) if axis}
+        own = [label for label in others if labels[label] and label not in ours]
+        if not own and all(label in mine for label in others):
+            return Refusal("the weights are summed with a factor for each, and not with values")
+        if any(label not in contraction.out_labels for label in own):
+            return Refusal("the values are summed over an axis of their own")
+        width = refined(tuple(atom for label in own for atom in labels[label]))
+        if self.normaliser.kind != "softmax" and not width:
+            return Refusal("the scores are summed over heads, which makes them an index and no attention")
+        output = Placed(down.node, _layout(down.node, contraction.out_labels, labels))
+        return self._reading(placed, output, columns, width)
+
+    def _reading(self, value: Placed, output: Placed, columns: Axis, value_width: Axis) -> Reading | Refusal:
+        scores = self.scores
+        left, right = scores.left, scores.right
+        in_left, in_right = (set(columns) & set(side.atoms) for side in (left, right))
+        if columns and bool(in_left) == bool(in_right):
+            return Refusal("the weights are normalised over an axis that queries and keys share")
+        query, key = (right, left) if in_left else (left, right)
+        if columns and set(columns) - set(key.atoms):
+            return Refusal("the weights are normalised over an axis that is not of the keys alone")
+        own = [
+            axis for axis in self.frame
+            if set(refined(axis)) & (set(query.atoms) - set(key.atoms) - set(value.atoms)) - set(columns)
+        ]  # fmt: skip
+        mine = set(query.atoms) - set(key.atoms) - set(value.atoms)
+        rows = tuple(atom for atom in refined(own[-1]) if atom in mine) if own and not scores.one_row else ()
+        if not rows:  # one query, which a mask makes into several
+            known = {*query.atoms, *key.atoms, *value.atoms}
+            alone = [axis for axis in self.frame if axis and not set(refined(axis)) & known]
+            rows = refined(alone[-1]) if alone else ()
+        if any(set(refined(mixed)) & (set(rows) | set(columns)) for mixed in scores.mixed):
+            return Refusal("a linear layer over the queries or keys of the scores")
+        reading = Reading(
+            query=Operand("query", query),
+            key=Operand("key", key),
+            value=Operand("value", value),
+            output=output,
+            rows=rows,
+            columns=columns,
+            width=scores.width,
+            value_width=value_width,
+            frame=self.frame,
+            ops=self.ops,
+            normaliser=self.normaliser.kind,
+            sink=scores.sink,
+            sink_axes=scores.sink_axes,
+            zero_sink=scores.zero_sink or self.normaliser.zero_sink,
+            softmax_dtype=self.normaliser.dtype,
+            dropout_p=self.dropout_p,
+            edits=list(dict.fromkeys(self.edits)),
+            doubts=self.doubts,
+            product=scores.product,
+            weights=self.node,
+        )
+        strip(reading)
+        drop_shifts(reading)
+        reading.edits = list(dict.fromkeys([*reading.edits, *outside(reading)]))
+        return reading
+
+
+def _labelled(contraction: Contraction) -> dict[object, Axis]:
+    """The atoms of each label."""
+    labels: dict[object, Axis] = {}
+    for node, names in ((contraction.left, contraction.left_labels), (contraction.right, contraction.right_labels)):
+        for label, size in zip(names, shape_of(node), strict=True):
+            if size != 1 and not labels.get(label):
+                labels[label] = (Atom(size),)
+            labels.setdefault(label, ())
+    return labels
+
+
+def _layout(node: fx.Node, names: tuple[object, ...], labels: dict[object, Axis]) -> Layout:
+    return tuple(() if size == 1 else labels[label] for label, size in zip(names, shape_of(node), strict=True))
