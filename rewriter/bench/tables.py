@@ -1,0 +1,127 @@
+"""What the measurement of detection found, as a table for a terminal or for a document."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rewriter.bench.detect import Measured
+
+COLUMNS = (
+    "library",
+    "models",
+    "nodes",
+    "sites",
+    "found",
+    "refused",
+    "extra",
+    "changed",
+    "Inductor",
+    "calls",
+    "s/1,000",
+)
+LEGEND = (
+    "nodes: of all captured graphs. sites: attentions that one call of each model executes, known from its "
+    "configuration. found: by rewriter; extra: beyond what is known. refused: looked like one and was not taken. "
+    "changed: models whose outputs an exact rewrite moved by more than rounding. Inductor: sites that its patterns "
+    "recognise or that are calls of scaled_dot_product_attention as the model is written; calls: the latter alone. "
+    "s/1,000: seconds of detection for 1,000 nodes."
+)
+
+
+def rows(results: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """One for each library and, where there are several, one for all."""
+    libraries = list(dict.fromkeys(each.library for each in results))
+    found = [_row(library, [each for each in results if each.library == library]) for library in libraries]
+    return found if len(libraries) == 1 else [*found, _row("all", results)]
+
+
+def _row(name: str, results: Iterable[Measured]) -> tuple[str, ...]:
+    run = [each for each in results if not each.missing]
+    known, nodes = sum(each.known for each in run), sum(each.nodes for each in run)
+    asked = [each for each in run if each.inductor is not None]
+    # A pattern never matches a call, so together they are what Inductor would run fused.
+    fused = sum(min(each.known, each.calls + (each.inductor or 0)) for each in asked)
+    calls = sum(min(each.known, each.calls) for each in asked)
+    return (
+        name,
+        f"{len(run):,}",
+        f"{nodes:,}",
+        f"{known:,}",
+        _part(sum(each.hit for each in run), known),
+        f"{sum(sum(each.refused.values()) for each in run):,}",
+        f"{sum(each.extra for each in run):,}",
+        f"{sum(each.changed for each in run):,}",
+        _part(fused, sum(each.known for each in asked)) if asked else "not run",
+        f"{calls:,}" if asked else "",
+        f"{1000 * sum(each.detect_seconds for each in run) / nodes:.2f}" if nodes else "",
+    )
+
+
+def _part(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if whole else f"{part:,}"
+
+
+def overhead(results: Iterable[Measured]) -> str:
+    """One sentence on what the pass costs next to a cold compilation; "" where that was not measured."""
+    timed = [each for each in results if each.cold_seconds]
+    if not timed:
+        return ""
+    cold, own = sum(each.cold_seconds or 0.0 for each in timed), sum(each.pass_seconds for each in timed)
+    return (
+        f"The whole pass took {own:.1f} s on {len(timed)} models, {own / cold:.1%} of a cold torch.compile by Inductor "
+        f"({cold:.1f} s)."
+    )
+
+
+def reasons(results: Iterable[Measured], most: int = 3) -> list[tuple[str, int]]:
+    """The commonest reasons of refusals."""
+    total: Counter[str] = Counter()
+    for each in results:
+        total.update(each.refused)
+    return total.most_common(most)
+
+
+def markdown(results: Sequence[Measured]) -> str:
+    """The table, its legend and the sentence on overhead."""
+    numeric = ["---", *["---:"] * (len(COLUMNS) - 1)]
+    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, numeric, *rows(results))]
+    return "\n".join([*lines, "", LEGEND, *filter(None, [overhead(results)])])
+
+
+def print_results(results: Sequence[Measured], console: Console) -> None:
+    """The table and all that is not as it should be."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows(results):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"\n[dim]{escape(LEGEND)}[/]", highlight=False)
+    if sentence := overhead(results):
+        console.print(f"\n{sentence}", highlight=False)
+    for library in dict.fromkeys(each.library for each in results):
+        for reason, number in reasons(each for each in results if each.library == library):
+            console.print(f"[bold]refused[/] {number:4}  {library}: {escape(reason)}", highlight=False)
+    for title, names in _troubles(results).items():
+        if names:
+            console.print(f"[bold]{title}[/]  {escape(', '.join(names))}", highlight=False)
+
+
+def _troubles(results: Sequence[Measured]) -> dict[str, list[str]]:
+    missing = Counter(f"{each.library} (library missing: {each.missing})" for each in results if each.missing)
+    return {
+        "not run": [f"{number} of {what}" for what, number in missing.items()],
+        "short": [
+            f"{each.name} {each.found}/{each.known}"
+            for each in results
+            if each.found < each.known and not each.missing and each.nodes
+        ],
+        "extra": [f"{each.name} {each.found}/{each.known}" for each in results if each.extra],
+        "changed": [f"{each.name} ({each.change:.3g} times the tolerance)" for each in results if each.changed],
+        "failed": [f"{each.name} ({each.problem})" for each in results if each.problem],
+    }
