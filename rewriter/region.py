@@ -119,6 +119,8 @@ class Region:
             if proof and is_call(node, _ATEN.scaled_dot_product_attention) and self.match.site.dropout_p:
                 kwargs = {n: v for n, v in kwargs.items() if n != "dropout_p"}
                 args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if proof and not any(_is_tensor(source) for source in node.all_input_nodes) and _is_floating(node):
+                kwargs = {**kwargs, "dtype": torch.float64}  # it makes a tensor of the default type
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(copies[self.match.output])
         owner = self.match.output.graph.owning_module
@@ -195,6 +197,14 @@ def proof_dtype(dtype: torch.dtype) -> torch.dtype:
 def hint(size: Any) -> Any:
     """A size or factor as a plain number: a symbolic one as captured."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return node.op == "call_function" and _is_tensor(node) and value_of(node).dtype.is_floating_point
 
 
 def region_of(match: Match) -> Region | Refusal:

@@ -49,7 +49,14 @@ class Piece:
     @property
     def whole(self) -> bool:
         """Are these all of its places?"""
-        return self.stride == 1 and self.size == self.of.size
+        return self.size == self.of.size
+
+    @property
+    def known(self) -> int:
+        """How much is known: 2 of space and of what has a place in it, 1 of what may be. Who divides two axes of an
+        image into patches or windows, and attends to what both have in common, says that they are space.
+        """
+        return {"plain": 0, "input": 1 if self.whole else 2, "grid": 2, "joined": 2}[self.of.kind]
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -62,7 +69,6 @@ class Piece:
 Axis = tuple[Piece, ...]
 Layout = tuple[Axis, ...]
 Known: TypeAlias = dict[fx.Node, Layout]
-_RANKS = {"plain": 0, "input": 1, "grid": 2, "joined": 2}
 
 
 class Found(Protocol):
@@ -162,6 +168,18 @@ def _elementwise(node: fx.Node, known: Known) -> Layout | None:
         return known[sources[0]]
     every = [((),) * (len(shape) - len(known[each])) + known[each] for each in sources]
     return tuple(_agreed(size, axes) for size, *axes in zip(shape, *every, strict=True))
+
+
+def _rolled(node: fx.Node, known: Known) -> Layout | None:
+    """Rolled or flipped, a map is a map; what several axes were folded into is none."""
+    given, dims = known.get(node.args[0]), argument(node, "dims")  # type: ignore[arg-type]
+    if given is None or not dims:
+        return None
+    moved = {int(axis) % len(given) for axis in ([dims] if isinstance(dims, int) else dims)}
+    return tuple(
+        _sized(axis, _length(axis)) if i in moved and not (_is_grid(axis) and axis[0].whole) else axis
+        for i, axis in enumerate(given)
+    )
 
 
 def _viewed(node: fx.Node, known: Known) -> Layout | None:
@@ -304,7 +322,7 @@ def _joined(node: fx.Node, known: Known) -> Layout | None:
     sources: Any = node.args[0]
     shape, place = shape_of(node), int(argument(node, "dim", 0)) % len(shape_of(node))
     given = [known.get(each) for each in sources]
-    if any(axes is not None and len(axes) != len(shape) for axes in given):
+    if any(len(shape_of(each)) != len(shape) for each in sources):
         return None
     others = [_agreed(size, [axes[i] for axes in given if axes is not None]) for i, size in enumerate(shape)]
     parts = [axes[place] if axes is not None else () for axes in given]
@@ -360,7 +378,7 @@ def _given(node: fx.Node, known: Known) -> Layout:
 
 
 def _rank(axis: Axis) -> int:
-    return max((_RANKS[piece.of.kind] for piece in axis), default=0)
+    return max((piece.known for piece in axis), default=0)
 
 
 def _is_grid(axis: Axis) -> bool:
@@ -371,7 +389,11 @@ def _total(sizes: Iterable[Size]) -> Size:
     total: Size = 0
     for size in sizes:
         total = total + size
-    return total
+    return _plain(total)
+
+
+def _plain(size: Size) -> Size:
+    return size if isinstance(size, int) or not size.is_Integer else int(size)
 
 
 def _merged(pieces: Iterable[Piece]) -> Axis:
@@ -453,7 +475,7 @@ def _with(axis: Axis, front: Size, back: Size, size: Size) -> Axis:
         return axis
     if len(axis) == 1 and axis[0].of.kind == "joined" and axis[0].whole:
         inner = axis[0].of
-        axis, front, back = inner.body, front + inner.front, inner.back + back
+        axis, front, back = inner.body, _plain(front + inner.front), _plain(inner.back + back)
     return (Piece(Origin(size, "joined", axis, front, back), size),)
 
 
@@ -466,7 +488,7 @@ def _cut(given: Layout, place: int, start: Size | None, length: Size) -> Layout:
     if len(axis) == 1 and axis[0].of.kind == "joined" and axis[0].whole and start is not None:
         joined = axis[0].of
         body = _length(joined.body)
-        front, back = joined.front - start, start + length - joined.front - body
+        front, back = _plain(joined.front - start), _plain(start + length - joined.front - body)
         if isinstance(front, int) and isinstance(back, int) and front >= 0 and back >= 0:
             part = _with(joined.body, front, back, length)
     return (*given[:place], part, *given[place + 1 :])
@@ -508,16 +530,11 @@ def _from_rows(reading: Reading, known: Known) -> str | None:
 
 
 def _spans(pieces: Axis) -> bool:
-    """Are these axes of space, each once? Frames may stand in front: an axis of the input that no kernel went over."""
+    """Are these axes of space, each once? One of three may be of frames, over which no kernel went."""
     if len(pieces) not in (2, 3) or len({piece.of for piece in pieces}) != len(pieces):
         return False
-    inner = pieces[1:] if len(pieces) == 3 and pieces[0].of.kind == "input" else pieces
-    return all(piece.of.kind == "grid" or _of_patches(piece) for piece in inner)
-
-
-def _of_patches(piece: Piece) -> bool:
-    """Which patch, along an axis of the input that is divided into patches."""
-    return piece.of.kind == "input" and piece.stride != 1 and piece.stride * piece.size == piece.of.size
+    space = [piece for piece in pieces if piece.known == 2 and piece.of.kind != "joined"]
+    return len(space) >= 2 and all(piece in space or piece.of.kind == "input" for piece in pieces)
 
 
 def _from_bias(match: Found) -> str | None:
@@ -547,15 +564,15 @@ _VIEWS = (
     "expand_as", "broadcast_to",
 )  # fmt: skip
 _KEEPS = (
-    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "type_as", "roll", "flip",
-    "dropout", "dropout_", "feature_dropout", "alpha_dropout", "native_dropout", "softmax", "_softmax", "log_softmax",
-    "layer_norm", "group_norm", "instance_norm", "rms_norm", "_fused_rms_norm", "batch_norm", "hardswish", "hardswish_",
+    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "type_as", "dropout",
+    "dropout_", "feature_dropout", "alpha_dropout", "softmax", "_softmax", "log_softmax",
+    "layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm", "hardswish", "hardswish_",
     "prelu", "copy_", "float_power", "requires_grad_",
 )  # fmt: skip
 _RESIZES = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad3d", "replication_pad3d")
 _RESAMPLES = (
     "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
+    "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
     "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_nearest3d",
     "upsample_trilinear3d", "pixel_shuffle", "pixel_unshuffle",
 )  # fmt: skip
@@ -570,7 +587,7 @@ _NAMED: dict[str, _Rule] = {
     **dict.fromkeys(_RESAMPLES, _resampled), **dict.fromkeys(_CONVOLVES, _convolved), "linear": _linear,
     "matmul": _product, "mm": _product, "addmm": _added_product, "slice": _sliced, "narrow": _narrowed,
     "select": _selected, "cat": _joined, "concat": _joined, "concatenate": _joined, "unfold": _unfolded,
-    "im2col": _columns, "col2im": _folded, "repeat": _repeated,
+    "im2col": _columns, "col2im": _folded, "repeat": _repeated, "roll": _rolled, "flip": _rolled,
 }  # fmt: skip
 
 

@@ -47,6 +47,8 @@ def captured(model: Callable[..., Any], *inputs: Tensor) -> Graph:
     graph.graph.eliminate_dead_code()
     for node, example in zip(graph.graph.find_nodes(op="placeholder"), flat, strict=True):
         node.meta["is_parameter"] = isinstance(example, nn.Parameter)
+        if any(example is held and not isinstance(held, nn.Parameter) for held in state.values()):
+            node.meta |= {"is_buffer": True, "buffer": example}
     return graph
 
 

@@ -379,7 +379,7 @@ def test_what_is_printed(
 ) -> None:
     monkeypatch.setenv("REWRITER_DEBUG", str(level))
     x = torch.randn(1, 2, 5, 4)
-    rewrite(lambda x: (x @ x.mT).softmax(-1) @ x + (x @ x.mT).tanh().softmax(-1) @ x, x)
+    rewrite(lambda x: (x @ x.mT).softmax(-1) @ x + (x @ x.mT).sin().softmax(-1) @ x, x)
     printed = capsys.readouterr().err
     assert ("2 heads of 4, 5x5 tokens" in printed) == (level >= 1)
     assert ("refused: test_capture.py" in printed) == (level >= 2)

@@ -953,9 +953,9 @@ def graphormer(q: Tensor, k: Tensor, v: Tensor, distances: Tensor, table: Tensor
     return mixed(q @ k.mT * DEFAULT + F.embedding(distances, table).permute(0, 3, 1, 2), v)
 
 
-def forgetting(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+def forgetting(q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """FoX: the sum of the forget gates between query and key."""
-    total = F.logsigmoid(gates).cumsum(-1)
+    total = F.logsigmoid(F.linear(x, weight).mT).cumsum(-1)
     bias = total[..., :, None] - total[..., None, :]
     return mixed((q @ k.mT * DEFAULT + bias).masked_fill(~tril(S), -INF), v)
 
@@ -986,7 +986,9 @@ BIASES: Group = {
     "of a graph": a(
         graphormer, more(SAME, lambda b: torch.randint(0, 5, (b, S, S)), learned(5, 4)), bias=SOME_BIAS, scale=DEFAULT
     ),
-    "of forget gates": a(forgetting, more(SAME, lambda b: torch.randn(b, 4, S)), bias=SOME_BIAS, scale=DEFAULT),
+    "of forget gates": a(
+        forgetting, more(SAME, lambda b: torch.randn(b, S, 8), learned(4, 8)), bias=SOME_BIAS, scale=DEFAULT
+    ),
     "learned": a(
         lambda q, k, v, bias: mixed(q @ k.mT * DEFAULT + bias, v), more(SAME, learned(4, S, S)), bias=SOME_BIAS
     ),
