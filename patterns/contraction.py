@@ -63,9 +63,7 @@ PATTERN = Pattern(
         lambda q, k, v, mask: torch.bmm(
             torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), -1), v.flatten(0, 1)
         ).view(*q.shape[:3], v.shape[-1]),
-        lambda q, k, v, mask: (
-            (k @ q.mT).masked_fill(~mask.mT, -1e30).softmax(-2).mT @ v
-        ),
+        lambda q, k, v, mask: (k @ q.mT).masked_fill(~mask.mT, -1e30).softmax(-2).mT @ v,
         lambda q, k, v, mask: torch.bmm(
             torch.baddbmm(
                 torch.zeros((), dtype=q.dtype), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=0.3

@@ -28,8 +28,12 @@ PATTERN = Pattern(
     contraction=contraction,
     examples=(
         lambda q, k, v, mask: (
-            torch.cdist(q.float(), k.float(), compute_mode="donot_use_mm_for_euclid_dist").to(q.dtype).mul(-0.5)
-            .masked_fill(~mask, -1e30).softmax(-1) @ v
+            torch.cdist(q.float(), k.float(), compute_mode="donot_use_mm_for_euclid_dist")
+            .to(q.dtype)
+            .mul(-0.5)
+            .masked_fill(~mask, -1e30)
+            .softmax(-1)
+            @ v
         ),
         lambda q, k, v, mask: (
             (-torch.cdist(q.float(), k.float(), 1)).to(q.dtype).masked_fill(~mask, -1e9).softmax(-1) @ v

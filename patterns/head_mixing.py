@@ -46,7 +46,7 @@ def element(node: fx.Node) -> Step | None:
             return None
     assert isinstance(source, fx.Node)
     size = shape_of(source)[axis]
-    small = isinstance(size, int) and 1 < size <= _MOST_HEADS
+    small = isinstance(size, int) and size <= _MOST_HEADS
     return Step("edit", source, axis=axis, name="talking_heads") if small else None
 
 

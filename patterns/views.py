@@ -60,11 +60,16 @@ PATTERN = Pattern(
     element=element,
     examples=(
         lambda q, k, v, mask: (
-            (q.transpose(1, 2).reshape(q.shape[0], -1, q.shape[1] * q.shape[3]))
-            .view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-            .permute(0, 2, 1, 3)
-            @ k.permute(0, 1, 3, 2)
-        ).masked_fill(~mask, -1e30).softmax(-1) @ v,
+            (
+                (q.transpose(1, 2).reshape(q.shape[0], -1, q.shape[1] * q.shape[3]))
+                .view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+                .permute(0, 2, 1, 3)
+                @ k.permute(0, 1, 3, 2)
+            )
+            .masked_fill(~mask, -1e30)
+            .softmax(-1)
+            @ v
+        ),
         lambda q, k, v, mask: (
             (q.swapaxes(1, 2).movedim(2, 1) @ k.movedim(-1, -2)).unsqueeze(0).masked_fill(~mask, -1e30).softmax(-1)
             @ v[None]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
-from rewriter.facts import HIDDEN, Operand, Reading
+from rewriter.facts import HIDDEN, Op, Operand, Reading
 from rewriter.pattern import is_call
 from rewriter.site import Refusal
 from rewriter.walk import steps_at
@@ -45,10 +45,15 @@ def drop_shifts(reading: Reading) -> None:
     caps = [i for i, op in enumerate(reading.ops) if op.kind == "cap"]
     first = caps[-1] if caps else -1
     columns = set(refined(reading.columns))
-    reading.ops = [
-        op for i, op in enumerate(reading.ops)
-        if i < first or op.kind not in ("add", "shift") or (op.tensor is not None and columns & set(op.tensor.atoms))
-    ]  # fmt: skip
+
+    def matters(op: Op) -> bool:
+        if op.tensor is None:
+            return op.kind != "shift"
+        # What comes from outside stays an input, whether it matters or not.
+        differs = bool(columns & set(op.tensor.atoms))
+        return op.kind != "add" or differs or not made_from(op.tensor.node, reading.product)
+
+    reading.ops = [op for i, op in enumerate(reading.ops) if i < first or matters(op)]
 
 
 def made_from(node: fx.Node, source: fx.Node | None) -> bool:

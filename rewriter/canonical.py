@@ -70,9 +70,7 @@ def times(emit: Emit, numbers: Iterable[Any]) -> Any:
     return fixed if result is None else result if fixed == 1 else emit(operator.mul, result, fixed)
 
 
-def gathered(
-    emit: Emit, value: Any, layout: Layout, groups: Sequence[Axis], size: SizeOf, full: Sequence[bool]
-) -> Any:
+def gathered(emit: Emit, value: Any, layout: Layout, groups: Sequence[Axis], size: SizeOf, full: Sequence[bool]) -> Any:
     """The value with one axis for each group of atoms. A group that it lacks altogether becomes an axis of size 1, or,
     where `full` says so, as long as the group.
     """

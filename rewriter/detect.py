@@ -359,7 +359,6 @@ def _hides_exactly(reading: Reading, op: Op, found: MaskReading) -> bool:
     return number <= HIDDEN and not (found.blind and number != float("-inf"))
 
 
-
 def _call_structure(reading: Reading) -> Mask | Refusal:
     """`is_causal` of a call aligns the first query with the first key."""
     if not reading.causal:

@@ -465,5 +465,3 @@ def _hides(sample: _Sample, tokens: Tokens, view: Plane) -> bool:
 
 def _sizes(sizes: Sizes) -> SizeOf:
     return lambda atom: number(atom, sizes)
-
-

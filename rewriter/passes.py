@@ -36,9 +36,7 @@ class Rewrite:
         return result
 
 
-def captured(
-    gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str], *, observe: bool = True
-) -> Rewrite:
+def captured(gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str], *, observe: bool = True) -> Rewrite:
     """Capture and detect: the graph in ATen, with its sites known and nothing changed. See `detect` for `observe`."""
     work = Rewrite(gm, names)
     work.graph = work.step("capture", lambda: to_aten(gm, example_inputs))

@@ -41,7 +41,20 @@ class Contraction:
 
 
 Kind = Literal[
-    "same", "view", "scale", "shift", "add", "mul", "div", "keep", "drop", "cap", "sink", "slice", "dropout", "guard",
+    "same",
+    "view",
+    "scale",
+    "shift",
+    "add",
+    "mul",
+    "div",
+    "keep",
+    "drop",
+    "cap",
+    "sink",
+    "slice",
+    "dropout",
+    "guard",
     "edit",
 ]
 

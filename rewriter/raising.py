@@ -328,9 +328,7 @@ def _mask_identity(match: Match) -> str:
     roles = match.roles
     axes = (roles.batch, roles.heads, roles.groups, roles.rows, roles.columns)
     names = {
-        atom: f"{group}{place}"
-        for group, atoms in zip("bhgrk", axes, strict=True)
-        for place, atom in enumerate(atoms)
+        atom: f"{group}{place}" for group, atoms in zip("bhgrk", axes, strict=True) for place, atom in enumerate(atoms)
     }
     lines = [
         (op.kind, op.number, op.tensor.node.name if op.tensor else "", _axes_as_text(op.tensor, names))

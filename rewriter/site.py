@@ -281,7 +281,7 @@ class AttentionSite:
 
     @property
     def elements(self) -> frozenset[str]:
-        """What the scores go through beyond softmax(scale * q k^T + mask); a variant says which of these it computes."""
+        """What scores go through beyond softmax(scale * q k^T + mask); a variant says which of these it computes."""
         named = {"bias": self.bias != "none", "softcap": self.softcap is not None, "sink": self.sink is not None}
         other = {self.normaliser} - {"softmax"}
         return frozenset(name for name, present in named.items() if present) | other

@@ -133,5 +133,3 @@ def components(visible: Tensor) -> Tensor:
         if torch.equal(least, label):
             return label
         label = least
-
-

@@ -168,7 +168,9 @@ class Program:
         }
         # A number held by a tensor has the precision of the tensor.
         inexact = {"learned"} if self.dtype == "float32" else {"learned", "tensor"}
-        if not inexact & {spelling for _, spelling, _ in self.scales}:
+        # What is picked by an index is not followed further up.
+        behind = self.sharing == "index" and any(place == "keys" for place, *_ in self.scales)
+        if not behind and not inexact & {spelling for _, spelling, _ in self.scales}:
             facts["scale"] = math.prod(number for *_, number in self.scales)
         if self.layout not in ("frames", "folded"):
             facts["heads"] = self.heads
@@ -459,9 +461,11 @@ def programs(draw: Callable[..., Any]) -> Program:
         products, value_products = ["bmm", "baddbmm", "matmul", "einsum"], ["bmm", "matmul", "einsum"]
     elif layout != "frames" and sharing not in ("grouped", "broadcast"):
         products.append("einsum with heads")
-    q_len = draw(st.sampled_from([7, 5, 13, 1]))
+    q_len = draw(st.sampled_from([7, 5, 13] if layout == "packed" else [7, 5, 13, 1]))
     # A cache makes more keys than queries; packed are both from the same tokens.
-    kv_len = q_len if layout == "packed" else q_len + draw(st.sampled_from([0, 0, 4]))
+    # The weight of a single key is 1, whatever the scores: a query by itself has more keys.
+    more_keys = [0, 0, 4] if q_len > 1 else [4]
+    kv_len = q_len if layout == "packed" else q_len + draw(st.sampled_from(more_keys))
     width = draw(st.sampled_from([8, 6, 16]))
     plain = layout not in ("frames", "folded") and sharing != "grouped"
     edit = rarely(EDITS) if plain else None

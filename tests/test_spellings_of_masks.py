@@ -166,7 +166,9 @@ DOCUMENTS: dict[str, tuple[Callable[[Tensor], Tensor], Mask]] = {
     "causal": (lambda s: (s[:, None, :, None] == s[:, None, None, :]) & tril().bool(), Causal() & Documents()),
     "cumulated boundaries": (lambda s: (c := s.ne(0).cumsum(-1))[:, None, :, None] == c[:, None, None, :], Documents()),
     "position ids that begin again": (
-        lambda s: (c := (s.diff(dim=-1, prepend=s[:, :1] - 1) != 1).cumsum(-1))[:, None, :, None] == c[:, None, None, :],
+        lambda s: (
+            (c := (s.diff(dim=-1, prepend=s[:, :1] - 1) != 1).cumsum(-1))[:, None, :, None] == c[:, None, None, :]
+        ),
         Documents(),
     ),
     "boundaries": (
@@ -289,7 +291,9 @@ BIASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     ),
     "squares": (lambda m, q: -SLOPES[:, None, None] * distances() ** 2, "relative"),
     "table of distances": (lambda m, q: m.table[distances() + N].permute(2, 0, 1), "relative"),
-    "table of buckets": (lambda m, q: F.embedding(distances().abs().clamp(max=4), m.table).permute(2, 0, 1), "relative"),
+    "table of buckets": (
+        lambda m, q: F.embedding(distances().abs().clamp(max=4), m.table).permute(2, 0, 1), "relative"
+    ),
     "table of a grid": (lambda m, q: m.grid[grid_index().flatten()].view(N, N, 2).permute(2, 0, 1), "table"),
     "parameters": (lambda m, q: m.whole, "table"),
     "products with places": (lambda m, q: q @ m.places.mT, "decomposed"),
