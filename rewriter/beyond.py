@@ -20,7 +20,7 @@ def outside(reading: Reading) -> Iterator[str]:
         yield "over_channels"
     caps = [i for i, op in enumerate(reading.ops) if op.kind == "cap"]
     below = reading.ops[: caps[-1] if caps else 0]
-    if len(caps) > 1 or any(op.tensor is not None or op.kind == "shift" for op in below):
+    if len(caps) > 1 or any(op.kind in ("add", "shift", "keep", "drop") for op in below):
         yield "bias_below_softcap"
     if any(op.kind in ("mul", "div") for op in reading.ops[caps[-1] if caps else len(reading.ops) :]):
         yield "softcap_by_tensor"

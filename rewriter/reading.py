@@ -112,7 +112,9 @@ class _Scores:
         self.sink: fx.Node | None = None
         self.sink_axes: Layout = ()
         self.zero_sink = False
-        self.one_row = "row" in contraction.out_labels and not labels["row"] and len(contraction.out_labels) > 3
+        sides = contraction.left_labels, contraction.right_labels
+        self.lone = [_has_lone_axis(own, other, labels) for own, other in (sides, sides[::-1])]
+        """Has the left, or the right, an axis of its own in the scores that is 1 long: that of a single query?"""
         self.addend = contraction.addend
         self.beta = contraction.beta
 
@@ -326,8 +328,9 @@ class _Weights:
             axis for axis in self.frame
             if set(refined(axis)) & (set(query.atoms) - set(key.atoms) - set(value.atoms)) - set(columns)
         ]  # fmt: skip
+        one_row = scores.lone[query is right] and len(self.frame) > 3
         mine = set(query.atoms) - set(key.atoms) - set(value.atoms)
-        rows = tuple(atom for atom in refined(own[-1]) if atom in mine) if own and not scores.one_row else ()
+        rows = tuple(atom for atom in refined(own[-1]) if atom in mine) if own and not one_row else ()
         if not rows:  # one query, which a mask makes into several
             known = {*query.atoms, *key.atoms, *value.atoms}
             alone = [axis for axis in self.frame if axis and not set(refined(axis)) & known]
@@ -360,6 +363,10 @@ class _Weights:
         drop_shifts(reading)
         reading.edits = list(dict.fromkeys([*reading.edits, *outside(reading)]))
         return reading
+
+
+def _has_lone_axis(own: tuple[object, ...], other: tuple[object, ...], labels: dict[object, Axis]) -> bool:
+    return any(label not in other and not labels[label] for label in own)
 
 
 def _labelled(contraction: Contraction) -> dict[object, Axis]:

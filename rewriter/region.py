@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from rewriter.axes import Axis, Layout, as_captured
 from rewriter.canonical import SizeOf
+from rewriter.facts import Op
 from rewriter.pattern import is_bias, is_call, value_of
 from rewriter.raising import Match, Operands, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
@@ -142,11 +143,14 @@ class Region:
         What an additive mask hides is -inf where `infinite`, else the lowest finite number.
         """
         generator = torch.Generator().manual_seed(seed)
+        ops = self.match.reading.ops
+        # One that is known for a bias by its values hides nothing.
+        known = self.match.site.bias in ("alibi", "relative", "table") and sum(op.kind == "add" for op in ops) == 1
         terms = {
             op.tensor.node: op
-            for op in self.match.reading.ops
+            for op in ops
             if op.tensor is not None
-            and (op.kind in ("keep", "drop") or (op.kind == "add" and not is_bias(op.tensor.node)))
+            and (op.kind in ("keep", "drop") or (op.kind == "add" and not known and not is_bias(op.tensor.node)))
         }
         padding = self.match.padding.node if self.match.padding is not None else None
         values: dict[fx.Node, Tensor] = {}
@@ -164,10 +168,18 @@ class Region:
                 lowest = float("-inf") if infinite else torch.finfo(value_of(node).dtype).min if floats else 0.0
                 hidden = lowest if op is None or op.number > 0 else -lowest
                 tensor = flags if dtype == torch.bool else _as_numbers(flags, dtype, generator, hidden)
+                if hide_rows and op is not None and op.kind == "add" and self._above_a_fill(op):
+                    # What is added to such a fill is lost in float32; the precision of a proof would keep it.
+                    tensor = torch.where(tensor.abs() < 1e3, torch.zeros_like(tensor), tensor)
             else:
                 tensor = torch.randn(shape, generator=generator).mul(magnitude).to(dtype)
             values[node] = tensor.to(fake.device)
         return values
+
+    def _above_a_fill(self, op: Op) -> bool:
+        ops = self.match.reading.ops
+        below = ops[: ops.index(op)]
+        return any(each.kind in ("keep", "drop") and float("-inf") < each.number <= -1e8 for each in below)
 
     def size(self, values: Mapping[fx.Node, Tensor], sizes: Sizes | None = None) -> SizeOf:
         """How long each atom is where the inputs have these values."""
