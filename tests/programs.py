@@ -172,7 +172,9 @@ class Program:
         behind = self.sharing == "index" and any(place == "keys" for place, *_ in self.scales)
         if not behind and not inexact & {spelling for _, spelling, _ in self.scales}:
             facts["scale"] = math.prod(number for *_, number in self.scales)
-        if self.layout not in ("frames", "folded"):
+        # Of a single query, multiplied and summed, nothing says which of the axes is that of the queries.
+        one = self.q_len == 1 and self.product == "multiply and sum" and self.sharing in ("grouped", "broadcast")
+        if self.layout not in ("frames", "folded") and not one:
             facts["heads"] = self.heads
             if self.sharing != "index":
                 facts["kv_heads"] = self.kv_heads
