@@ -317,3 +317,16 @@ def test_inner_backends_by_name() -> None:
     assert backend.inner_compiler("eager")(gm, [data()]) == gm.forward
     assert callable(backend.inner_compiler("aot_eager"))
     assert backend.inner_compiler(len) is len  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_flex_attention_runs_as_it_is() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def model(q: Any, k: Any, v: Any) -> Any:
+        return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + (j - i))
+
+    q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
+    expected = torch.compile(model, backend="eager")(q, k, v)
+    torch.compiler.reset()
+    actual = torch.compile(model, backend="rewriter", options={"inner": "eager"})(q, k, v)
+    assert torch.equal(actual, expected)
