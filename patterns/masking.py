@@ -1,19 +1,15 @@
-"""Masks and biases in the scores (added, filled in, chosen by `where`), and how boolean masks are put together."""
+"""Masks and biases in the scores (added, filled in, chosen by `where`)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, argument, constant, is_call, is_number, unsliced, value_of
+from rewriter.pattern import Pattern, Step, argument, constant, is_call, is_number, value_of
 
 _ATEN = torch.ops.aten
-
-_HIDDEN = -9.9e3
-"""What an additive mask adds to hide a score, or less."""
 
 
 def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
@@ -53,45 +49,9 @@ def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step 
     return Step("add", left, right, alpha)
 
 
-def factors(node: fx.Node) -> list[tuple[fx.Node, bool]] | None:
-    """A conjunction, a negation, a cast or a broadcast taken apart; an additive mask as the bool mask it encodes."""
-    if is_call(node, _ATEN.__and__, _ATEN.bitwise_and, _ATEN.logical_and):
-        return [(source, True) for source in node.all_input_nodes]
-    if is_call(node, _ATEN.bitwise_not, _ATEN.logical_not):
-        return [(source, False) for source in node.all_input_nodes]
-    if unsliced(node) is not node:
-        return [(unsliced(node), True)]
-    if is_call(node, _ATEN.expand, _ATEN.clone, _ATEN.contiguous, _ATEN.alias) or _keeps_bool(node):
-        return [(source, True) for source in node.all_input_nodes[:1]]
-    if is_call(node, _ATEN.where) and len(node.args) == 3:
-        condition, chosen, other = node.args
-        assert isinstance(condition, fx.Node)
-        if constant(chosen) == 0.0 and _hides(constant(other)):
-            return [(condition, True)]
-        if constant(other) == 0.0 and _hides(constant(chosen)):
-            return [(condition, False)]
-    if is_call(node, _ATEN.masked_fill) and constant(node.args[0]) == 0.0 and _hides(constant(node.args[2])):
-        assert isinstance(node.args[1], fx.Node)
-        return [(node.args[1], False)]
-    return None
-
-
-def _hides(number: float | None) -> bool:
-    return number is not None and (number <= _HIDDEN or math.isinf(number))
-
-
-def _keeps_bool(node: fx.Node) -> bool:
-    if not is_call(node, _ATEN.to, _ATEN._to_copy):
-        return False
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return value_of(source).dtype == value_of(node).dtype or value_of(node).dtype == torch.bool
-
-
 PATTERN = Pattern(
     name="masking",
     element=element,
-    factors=factors,
     examples=(
         lambda q, k, v, mask: torch.softmax(q @ k.mT + torch.where(mask, 0.0, -1e30).to(q.dtype), -1) @ v,
         lambda q, k, v, mask: torch.softmax(torch.where(mask, 0.0, -1e30).to(q.dtype) + q @ k.mT, -1) @ v,

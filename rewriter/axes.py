@@ -96,9 +96,20 @@ def as_captured(size: Size, nodes: Iterable[fx.Node]) -> int:
     raise ValueError(f"the length {size} is symbolic, and no input knows it")
 
 
-def fresh(node: fx.Node) -> Layout:
+def fresh_axes(shape: Iterable[Size]) -> Layout:
     """A layout with an atom of its own for every axis longer than 1."""
-    return tuple((Atom(size),) if size != 1 else () for size in shape_of(node))
+    return tuple((Atom(size),) if size != 1 else () for size in shape)
+
+
+def fresh(node: fx.Node) -> Layout:
+    """A layout for a tensor that nothing is known of."""
+    return fresh_axes(shape_of(node))
+
+
+def expanded(shape: Sequence[Size], layout: Layout) -> Layout:
+    """The layout after axes of size 1 were expanded, and others put before them, to this shape."""
+    given = ((),) * (len(shape) - len(layout)) + layout
+    return tuple(refined(axis) or own for axis, own in zip(given, fresh_axes(shape), strict=True))
 
 
 def broadcast(node: fx.Node, frame: Layout) -> Layout | None:
@@ -159,11 +170,7 @@ def forward(node: fx.Node, view: View, layout: Layout) -> Layout | None:
         return tuple(refined(layout[axis]) for axis in view.order)
     if view.repeats:
         return None
-    if not view.expands:
-        return reshaped(layout, shape_of(node))
-    shape = shape_of(node)
-    given = ((),) * (len(shape) - len(layout)) + layout
-    return tuple(refined(axis) or ((Atom(size),) if size != 1 else ()) for size, axis in zip(shape, given, strict=True))
+    return expanded(shape_of(node), layout) if view.expands else reshaped(layout, shape_of(node))
 
 
 def backward(source_node: fx.Node, view: View, layout: Layout) -> Layout | None:

@@ -9,20 +9,18 @@ from torch import fx
 
 from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
 from rewriter.facts import HIDDEN, Op, Operand, Reading
-from rewriter.pattern import is_call
-from rewriter.site import Refusal
-from rewriter.walk import steps_at
+from rewriter.pattern import above, is_call
+from rewriter.walk import step_at
 
 
 def outside(reading: Reading) -> Iterator[str]:
     """What the canonical operator cannot say."""
     if _over_channels(reading):
         yield "over_channels"
-    caps = [i for i, op in enumerate(reading.ops) if op.kind == "cap"]
-    below = reading.ops[: caps[-1] if caps else 0]
-    if len(caps) > 1 or any(op.kind in ("add", "shift", "keep", "drop") for op in below):
+    before, after = reading.ops[: reading.below_cap], reading.ops[reading.below_cap :]
+    if any(op.kind in ("cap", "add", "shift", "keep", "drop") for op in before):
         yield "bias_below_softcap"
-    if any(op.kind in ("mul", "div") for op in reading.ops[caps[-1] if caps else len(reading.ops) :]):
+    if reading.is_capped and any(op.kind in ("mul", "div") for op in after):
         yield "softcap_by_tensor"
     if any(op.kind in ("keep", "drop") and reading.fill(op) > HIDDEN for op in reading.ops):
         yield "soft_mask"
@@ -42,8 +40,6 @@ def drop_shifts(reading: Reading) -> None:
     """What is the same for all keys of a query does not change a softmax: the maximum that is subtracted."""
     if reading.normaliser != "softmax" or reading.zero_sink or reading.sink is not None:
         return
-    caps = [i for i, op in enumerate(reading.ops) if op.kind == "cap"]
-    first = caps[-1] if caps else -1
     columns = set(refined(reading.columns))
 
     def matters(op: Op) -> bool:
@@ -53,23 +49,14 @@ def drop_shifts(reading: Reading) -> None:
         differs = bool(columns & set(op.tensor.atoms))
         return op.kind != "add" or differs or not made_from(op.tensor.node, reading.product)
 
-    reading.ops = [op for i, op in enumerate(reading.ops) if i < first or matters(op)]
+    reading.ops = [op for i, op in enumerate(reading.ops) if i < reading.below_cap or matters(op)]
 
 
 def made_from(node: fx.Node, source: fx.Node | None) -> bool:
     """Is `source` among what this node was computed from?"""
     assert source is not None
-    seen, todo = {node}, [node]
-    while todo:
-        current = todo.pop()
-        if current is source:
-            return True
-        # Nothing above the source in the graph can be made from it.
-        for each in current.all_input_nodes:
-            if each not in seen and not each < source:
-                seen.add(each)
-                todo.append(each)
-    return False
+    # Nothing above the source in the graph can be made from it.
+    return any(each is source for each in above(node, lambda each: not each < source))
 
 
 def _over_channels(reading: Reading) -> bool:
@@ -101,10 +88,10 @@ def _before(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
     if not node.all_input_nodes or node.op != "call_function":
         return None
     source = node.all_input_nodes[0]
-    steps = steps_at(node)
-    if not isinstance(steps, Refusal) and len(steps) == 1 and steps[0].view is not None:
-        axes = backward(steps[0].source, steps[0].view, layout)
-        return (steps[0].source, axes) if axes is not None else None
+    step = step_at(node)
+    if step is not None and step.view is not None:
+        axes = backward(step.source, step.view, layout)
+        return (step.source, axes) if axes is not None else None
     if is_call(node, _ATEN.select):
         axis = int(node.args[1]) % (len(layout) + 1)  # type: ignore[arg-type]
         return source, (*layout[:axis], (Atom(shape_of(source)[axis]),), *layout[axis:])

@@ -22,6 +22,11 @@ SizeOf = Callable[[Atom], Any]
 """The length of an atom in this call: a number or, in a graph, the node that holds it."""
 
 
+def run(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `Emit` that computes."""
+    return operator(*args, **kwargs)
+
+
 def sizes_from(emit: Emit, tensors: Iterable[tuple[Placed, Any]], replaced: Mapping[int, int] | None = None) -> SizeOf:
     """Lengths as these tensors have them; `replaced` says which captured numbers are others here."""
     given = list(tensors)

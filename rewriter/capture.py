@@ -139,6 +139,7 @@ def frame_path(gm: Graph, names: Mapping[str, str]) -> str:
 
 
 def _in_frame(path: str) -> str:
+    path = re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", path)  # dynamo's spelling after some ways of access
     return re.sub(r"^L\[\W*\w+\W*\]\.?", "", path)
 
 

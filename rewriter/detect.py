@@ -34,7 +34,7 @@ from rewriter.pattern import (
     value_of,
 )
 from rewriter.proof import Proof
-from rewriter.raising import ChangedInPlace, Match, between
+from rewriter.raising import ChangedInPlace, Match
 from rewriter.reading import read_call, read_ways
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
 from rewriter.tokens import place_tokens
@@ -118,11 +118,9 @@ class _Detector:
         call: Call | Refusal | None = ask("call", node)
         if call is not None:
             return call if isinstance(call, Refusal) else read_call(node, call)
-        normaliser: Normaliser | Refusal | None = ask("normaliser", node)
+        normaliser: Normaliser | None = ask("normaliser", node)
         if normaliser is None:
             return None
-        if isinstance(normaliser, Refusal):
-            return normaliser if _meets_values(node) else None
         # A router or a classifier: its scores come from a linear layer, and it is none of our business.
         up = self.walk.up(normaliser.scores)
         if isinstance(up, Stop) and (normaliser.kind != "softmax" or not comes_from_product(normaliser.scores)):
@@ -148,12 +146,9 @@ class _Detector:
         if isinstance(match, Refusal) or match.site.edits:
             return match
         try:
-            between(match)
+            refusal = self.proof.check(match)
         except ChangedInPlace:
             return _kept(match, ["changed_in_place"])
-        except ValueError:
-            pass  # the proof says it
-        refusal = self.proof.check(match)
         if refusal is None:
             return match
         if reading.doubts:
@@ -168,8 +163,8 @@ class _Detector:
         if any(is_parameter(side.node) for side in (reading.key, reading.value)):
             return Refusal("the keys or values are parameters, which makes this a linear layer")
         roles = reading.roles()
-        _fix(roles.heads + roles.groups + roles.width + roles.value_width, reading)
-        heads, kv_heads = _count(roles.heads + roles.groups), _count(roles.heads)
+        _fix(roles.query_heads + roles.width + roles.value_width, reading)
+        heads, kv_heads = _count(roles.query_heads), _count(roles.heads)
         width, value_width = _count(roles.width), _count(roles.value_width)
         if heads is None or kv_heads is None or width is None or value_width is None:
             return Refusal("the number of heads or the head size is symbolic")
@@ -241,7 +236,8 @@ class _Detector:
         """What an operator does to the scores: as a mask, or term by term as masks and kinds of biases."""
         assert op.tensor is not None
         roles, number = reading.roles(), reading.fill(op)
-        axes = [[_name(roles, atom) for atom in axis] for axis in op.tensor.layout]
+        names = roles.named
+        axes = [[names.get(atom) for atom in axis] for axis in op.tensor.layout]
         place = op.tensor.node, f"{op.kind} {number} {axes}"
         factor = number if op.kind == "add" else 1.0
         parts = [Term(op.tensor)]
@@ -289,14 +285,6 @@ class _Masks:
         return tuple(dict.fromkeys(node for found in self.observed for node in getattr(found, kind)))
 
 
-def _name(roles: Any, atom: Any) -> str:
-    for each in dataclasses.fields(roles):
-        axis = getattr(roles, each.name)
-        if atom in axis:
-            return f"{each.name}{axis.index(atom)}:{atom.size}"
-    return "?"
-
-
 def _kept(match: Match, edits: list[str]) -> Match:
     site = dataclasses.replace(match.site, edits=(*match.site.edits, *edits))
     return dataclasses.replace(match, site=site)
@@ -323,7 +311,7 @@ def _factor(reading: Reading) -> str | None:
     atoms = {atom for op in reading.factors if op.tensor is not None for atom in op.tensor.atoms}
     if not reading.factors:
         return None
-    for name, axis in (("key", roles.columns), ("query", roles.rows), ("head", roles.heads + roles.groups)):
+    for name, axis in (("key", roles.columns), ("query", roles.rows), ("head", roles.query_heads)):
         if atoms & set(axis):
             return name
     return "batch" if atoms else "scalar"
@@ -362,7 +350,7 @@ def _hides_exactly(reading: Reading, op: Op, found: MaskReading) -> bool:
 def _call_structure(reading: Reading) -> Mask | Refusal:
     """`is_causal` of a call aligns the first query with the first key."""
     if not reading.causal:
-        return Full()
+        return Dense() if reading.opaque else Full()
     roles = reading.roles()
     rows, columns = _count(roles.rows), _count(roles.columns)
     if rows is not None and columns is not None:

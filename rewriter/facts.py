@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -55,6 +55,34 @@ class Roles:
     width: Axis
     value_width: Axis
 
+    @property
+    def query_heads(self) -> Axis:
+        """The heads of queries, scores and output."""
+        return self.heads + self.groups
+
+    @property
+    def scores(self) -> tuple[Axis, Axis, Axis, Axis]:
+        """(B, H, Sq, Skv)."""
+        return self.batch, self.query_heads, self.rows, self.columns
+
+    @property
+    def output(self) -> tuple[Axis, Axis, Axis, Axis]:
+        """(B, H, Sq, Dv)."""
+        return self.batch, self.query_heads, self.rows, self.value_width
+
+    @property
+    def named(self) -> dict[Atom, str]:
+        """A name for each atom, by which the axes of two attentions can be compared."""
+        return {
+            atom: f"{each.name}{place}:{atom.size}"
+            for each in fields(self)
+            for place, atom in enumerate(getattr(self, each.name))
+        }
+
+    def divided(self) -> Roles:
+        """The roles in atoms as they are divided now: taking a mask apart may cut an axis."""
+        return Roles(**{each.name: refined(getattr(self, each.name)) for each in fields(self)})
+
 
 @dataclass
 class Reading:
@@ -76,6 +104,8 @@ class Reading:
     sink_axes: Layout = ()
     zero_sink: bool = False
     causal: bool = False
+    opaque: bool = False
+    """Is what hides scores not read, so that it may be anything?"""
     softmax_dtype: torch.dtype | None = None
     dropout_p: float = 0.0
     edits: list[str] = field(default_factory=list)
@@ -99,8 +129,18 @@ class Reading:
     @property
     def softcap(self) -> float | None:
         """c where the scores are c * tanh(scale * q k^T / c)."""
-        caps = [i for i, op in enumerate(self.ops) if op.kind == "cap"]
-        return math.prod(op.number for op in self.ops[caps[-1] :] if op.kind == "scale") if caps else None
+        above = self.ops[self.below_cap :]
+        return math.prod(op.number for op in above if op.kind == "scale") if self.is_capped else None
+
+    @property
+    def is_capped(self) -> bool:
+        """Do the scores go through a tanh?"""
+        return any(op.kind == "cap" for op in self.ops)
+
+    @property
+    def below_cap(self) -> int:
+        """How many ops stand before the last tanh."""
+        return max((i for i, op in enumerate(self.ops) if op.kind == "cap"), default=0)
 
     def fill(self, op: Op) -> float:
         """What scores hidden by this op are in the end."""
@@ -128,8 +168,9 @@ def _roles(reading: Reading) -> Roles:
     rows, columns = refined(reading.rows), refined(reading.columns)
     # Axes of size 1 count: the heads of a batch of one are no batch.
     axes = [refined(axis) for axis in reading.frame if not set(refined(axis)) & {*rows, *columns}]
-    if not columns or not rows:  # one key, or one query: its axis stands last, beside the other
-        axes = axes[: len(reading.frame) - 2]
+    for alone in (columns, rows):  # the axis of one key or one query, where it has one, stands last
+        if not alone and axes and not axes[-1]:
+            axes = axes[:-1]
     folded = [refined(axis) for axis in reading.frame if set(refined(axis)) & set(rows)]
     outer = [atom for axis in axes + folded for atom in axis if atom not in rows and atom not in columns]
     groups = tuple(atom for atom in outer if atom in query and atom not in key and atom not in value)

@@ -102,3 +102,11 @@ WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._native_multi_head_attention.default: self_attention,
 }
 """Operators that are replaced by these functions when a graph is re-traced. Nested tensors stay as they are."""
+
+
+@torch.compiler.substitute_in_graph(torch.nn.modules.transformer._detect_is_causal_mask)
+def _detect_is_causal_mask(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether a mask is causal is a hint that torch reads from its values, where dynamo would leave the whole model
+    uncompiled. The mask is passed on in any case, and says the same.
+    """
+    return is_causal is True

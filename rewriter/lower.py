@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from rewriter.capture import Graph
 from rewriter.ops import attention_math
 from rewriter.pattern import is_call, value_of
-from rewriter.raising import Operands, Raised
+from rewriter.raising import Operands, Raised, arguments
 from rewriter.region import hint
 from rewriter.samples import held
 from rewriter.sentinel import Sentinel
@@ -51,8 +51,7 @@ class Lowered(nn.Module):
 
 def plain(operands: Operands, site: AttentionSite) -> Tensor:
     """The mathematics of a site with all of its mask as a tensor: (B, H, Sq, Dv)."""
-    numbers = site.scale, str(site.mask.positional), site.dropout_p
-    return attention_math(*operands[:5], *numbers, operands.sink, site.softcap or 0.0, site.normaliser)
+    return attention_math(*arguments(operands, site))
 
 
 def lower(gm: Graph, raised: list[Raised], chosen: Mapping[str, Implementation | None]) -> Graph:
@@ -135,9 +134,9 @@ def lay_out(gm: Graph, result: fx.Node, order: list[int]) -> None:
     if order != sorted(order):
         steps = [(_ATEN.permute.default, order), *steps, (_ATEN.permute.default, back)]
     node, first = result, None
-    for operator_, *arguments in steps:
+    for operator_, *rest in steps:
         with gm.graph.inserting_after(node):
-            node = gm.graph.call_function(operator_, (node, *arguments))
+            node = gm.graph.call_function(operator_, (node, *rest))
         first = first or node
     node.meta = dict(result.meta)
     result.replace_all_uses_with(node, delete_user_cb=lambda user: user is not first)

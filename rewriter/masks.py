@@ -10,18 +10,19 @@ wider than the captured input is not taken for a causal mask.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from rewriter.axes import Atom, Axis, Layout, Placed, backward, broadcast, refined
-from rewriter.canonical import SizeOf, gathered
+from rewriter.axes import Atom, Axis, Layout, Placed, backward, broadcast
+from rewriter.canonical import SizeOf, gathered, run
 from rewriter.facts import HIDDEN, Roles
-from rewriter.pattern import Step, ask, depends_on_data, is_call, value_of
+from rewriter.pattern import depends_on_data, is_call, value_of
 from rewriter.samples import (
     BINARY,
     FAILURES,
@@ -40,6 +41,7 @@ from rewriter.samples import (
 )
 from rewriter.site import Causal, Chunked, DataChunked, DataPrefix, Dense, Documents, Full, Mask, Padding
 from rewriter.structure import aligned, classify, components, windows
+from rewriter.walk import step_at
 
 _SOFTLY_HIDDEN = -50.0
 """What tells windows apart is often only this much: a fact, and not enough to leave the tensor out."""
@@ -90,7 +92,7 @@ def read_mask(placed: Placed, roles: Roles, keep: bool = True, factor: float = 1
     if part is None or part.weights or any(_is_opaque(leaf) for leaf in part.data):
         return _DENSE
     layouts = layouts_above(placed)
-    roles = as_divided(roles)
+    roles = roles.divided()
     if any({*roles.rows} & own and {*roles.columns} & own for own in (_atoms(layouts.get(leaf)) for leaf in part.data)):
         return _DENSE  # given as it is
     view = Plane(placed, roles, keep, factor)
@@ -116,7 +118,7 @@ def placed_again(reading: MaskReading, placed: Placed) -> MaskReading:
 
 def tokens_at(emit: Any, tokens: Tokens, value: Any, roles: Roles, size: SizeOf, full: Sequence[bool]) -> Any:
     """bool (B, Skv), True on tokens. `full` says whether axes that the tensor lacks are as long as they could be."""
-    roles = as_divided(roles)
+    roles = roles.divided()
     if tokens.test == "above":
         value = emit(_ATEN.mul.Tensor, value, tokens.factor) if tokens.factor != 1 else value
         value = emit(_ATEN.gt.Scalar, value, HIDDEN)
@@ -125,14 +127,8 @@ def tokens_at(emit: Any, tokens: Tokens, value: Any, roles: Roles, size: SizeOf,
         value = emit(operators[tokens.test], value, *(() if tokens.test == "false" else (0,)))
     if set(tokens.atoms) <= {*roles.batch, *roles.columns}:
         return gathered(emit, value, tokens.layout, (roles.batch, roles.columns), size, full)
-    groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.columns)
-    whole = gathered(emit, value, tokens.layout, groups, size, (full[0], False, False, full[1]))
+    whole = gathered(emit, value, tokens.layout, roles.scores, size, (full[0], False, False, full[1]))
     return emit(_ATEN.any.dims, whole, [1, 2])
-
-
-def as_divided(roles: Roles) -> Roles:
-    """The roles in atoms as they are divided now: taking a mask apart may cut an axis."""
-    return Roles(**{each.name: refined(getattr(roles, each.name)) for each in fields(roles)})
 
 
 # --- axes above a mask -----------------------------------------------------------------------------------------------
@@ -155,9 +151,9 @@ def _above(node: fx.Node, layout: Layout) -> list[tuple[fx.Node, Layout | None]]
     tensors = [source for source in sources(node) if isinstance(source.meta.get("val"), Tensor)]
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *_KEEP_SHAPE):
         return [(source, broadcast(source, layout)) for source in tensors]
-    steps = ask("element", node)
-    if isinstance(steps, Step) and steps.view is not None:
-        return [(steps.source, backward(steps.source, steps.view, layout))]
+    step = step_at(node)
+    if step is not None and step.view is not None:
+        return [(step.source, backward(step.source, step.view, layout))]
     if is_call(node, _ATEN.slice) and [*value_of(node).shape] == [*value_of(tensors[0]).shape]:
         return [(tensors[0], layout)]
     return []
@@ -195,22 +191,22 @@ class Plane:
     @property
     def groups(self) -> tuple[Axis, Axis, Axis, Axis]:
         """Atoms by role; of batch and heads those that the mask has."""
-        own, roles = set(self.placed.atoms), as_divided(self.roles)
-        batch, heads = (tuple(a for a in axis if a in own) for axis in (roles.batch, roles.heads + roles.groups))
-        return batch, heads, roles.rows, roles.columns
+        own, (batch, heads, rows, columns) = set(self.placed.atoms), self.roles.divided().scores
+        batch, heads = (tuple(atom for atom in axis if atom in own) for axis in (batch, heads))
+        return batch, heads, rows, columns
 
     @property
     def few(self) -> set[sympy.Symbol]:
         """The symbols of batch sizes."""
-        roles = as_divided(self.roles)
-        return symbols_of(roles.batch) - symbols_of(roles.rows + roles.columns + roles.heads + roles.groups)
+        roles = self.roles.divided()
+        return symbols_of(roles.batch) - symbols_of(roles.rows + roles.columns + roles.query_heads)
 
     def number(self, value: Tensor, sizes: Sizes) -> Tensor:
         """The mask in four axes."""
         full = (False, False, True, True)
-        result = gathered(_run, value, self.placed.layout, self.groups, lambda atom: number(atom, sizes), full)
+        result = gathered(run, value, self.placed.layout, self.groups, lambda atom: number(atom, sizes), full)
         assert isinstance(result, Tensor)
-        return result.expand(-1, -1, *(_product([number(a, sizes) for a in axis]) for axis in self.groups[2:]))
+        return result.expand(-1, -1, *(math.prod(number(a, sizes) for a in axis) for axis in self.groups[2:]))
 
     def visible(self, value: Tensor, sizes: Sizes) -> tuple[Tensor | None, bool]:
         """bool (B, H, Sq, Skv), and whether what is hidden is hidden for certain. None where it is more than a mask."""
@@ -220,17 +216,6 @@ class Plane:
         added = value.to(torch.promote_types(value.dtype, torch.float32)) * self.factor
         seen, hidden = added == 0, added <= _SOFTLY_HIDDEN
         return (seen, bool((seen | (added <= HIDDEN)).all())) if bool((seen | hidden).all()) else (None, False)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
-
-
-def _run(operator: Any, *args: Any) -> Any:
-    return operator(*args)
 
 
 @dataclass
@@ -419,7 +404,7 @@ def _still(mask: Mask, seen: list[Tensor]) -> bool:
 
 def _token_candidates(view: Plane, layouts: dict[fx.Node, Layout]) -> list[Tokens]:
     """Tensors over the keys, and perhaps the batch, that the mask is made from, the nearest first."""
-    roles = as_divided(view.roles)
+    roles = view.roles.divided()
     found = []
     for node, layout in layouts.items():
         own = _atoms(layout)
@@ -448,14 +433,14 @@ def _is_bool(node: fx.Node) -> bool:
 def _hides(sample: _Sample, tokens: Tokens, view: Plane) -> bool:
     whole = torch.stack([each.any(0)[0] for each in sample.seen]).any(0)
     own = set(view.placed.atoms)
-    roles = as_divided(view.roles)
+    roles = view.roles.divided()
     roles = replace(roles, batch=tuple(atom for atom in roles.batch if atom in own))
     for seen, values in zip(sample.seen, sample.values, strict=True):
         if tokens.node not in values:
             return False
         size = _sizes(sample.sizes)
         try:
-            shown = tokens_at(_run, tokens, values[tokens.node], roles, size, (False, True))
+            shown = tokens_at(run, tokens, values[tokens.node], roles, size, (False, True))
         except (RuntimeError, ValueError):
             return False
         if not torch.equal(seen[:, 0], (whole & shown[:, None, :]).expand_as(seen[:, 0])):

@@ -8,8 +8,7 @@ from torch import fx
 from rewriter.axes import Layout, Placed, backward
 from rewriter.facts import Operand, Reading
 from rewriter.pattern import is_parameter, storage, value_of, written
-from rewriter.site import Refusal
-from rewriter.walk import steps_at
+from rewriter.walk import step_at
 
 
 def strip(reading: Reading) -> None:
@@ -21,11 +20,10 @@ def strip(reading: Reading) -> None:
 
 
 def _stripped(side: Operand, narrow: torch.dtype) -> Operand | None:
-    steps = steps_at(side.node)
+    step, dtype = step_at(side.node), value_of(side.node).dtype
     # A view in the shape of another tensor would make that one a part of the match.
-    if isinstance(steps, Refusal) or len(steps) != 1 or (steps[0].kind != "scale" and _tensors_into(side.node) > 1):
+    if step is None or (step.kind != "scale" and _tensors_into(side.node) > 1):
         return None
-    step, dtype = steps[0], value_of(side.node).dtype
     below = value_of(step.source)
     if below.device != value_of(side.node).device or is_parameter(step.source):
         return None
@@ -56,12 +54,8 @@ def _tensors_into(node: fx.Node) -> int:
 def unexpanded(node: fx.Node, axes: Layout) -> tuple[fx.Node, Layout]:
     """A tensor before it was expanded and brought into shape."""
     while True:
-        steps = steps_at(node)
-        if isinstance(steps, Refusal) or len(steps) != 1 or steps[0].kind != "view":
-            return node, axes
-        step = steps[0]
-        assert step.view is not None
-        before = backward(step.source, step.view, axes)
-        if before is None:
+        step = step_at(node)
+        before = backward(step.source, step.view, axes) if step is not None and step.view is not None else None
+        if step is None or before is None:
             return node, axes
         node, axes = step.source, before

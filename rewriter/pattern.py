@@ -7,7 +7,7 @@ is mine, and it cannot be taken), or with None (not mine).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -104,7 +104,9 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class Call:
-    """An attention that is one node already: operands in (..., S, D), its mask and its numbers."""
+    """An attention that is one node already: operands in (..., S, D), its mask and its numbers. An `edit` says what it
+    does to the scores that is not read.
+    """
 
     query: fx.Node
     key: fx.Node
@@ -115,6 +117,7 @@ class Call:
     dropout_p: float = 0.0
     spelling: str = "eager"
     grouped: bool = False
+    edit: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +129,14 @@ class Pattern:
     element      a node as a step from the tensor below it: of scores, of weights, or of queries, keys and values.
                  Several steps are alternatives
     contraction  a product of two tensors, summed over shared axes
-    factors      a bool mask -> the masks whose conjunction it is, with their polarity (True: as they are)
     examples     functions (query, key, value, mask) -> out that use this spelling; `mask` is bool, True is visible
     """
 
     name: str
     call: Callable[[fx.Node], Call | Refusal | None] | None = None
-    normaliser: Callable[[fx.Node], Normaliser | Refusal | None] | None = None
+    normaliser: Callable[[fx.Node], Normaliser | None] | None = None
     element: Callable[[fx.Node], Step | Sequence[Step] | Refusal | None] | None = None
     contraction: Callable[[fx.Node], Contraction | None] | None = None
-    factors: Callable[[fx.Node], list[tuple[fx.Node, bool]] | None] | None = None
     examples: Sequence[Callable[..., Tensor]] = ()
 
 
@@ -219,6 +220,11 @@ def written(node: fx.Node) -> list[fx.Node]:
     return [each for each in found if isinstance(each, fx.Node)]
 
 
+def is_transform(target: Any) -> bool:
+    """Is this a call of functorch, of which masks are made element by element?"""
+    return "functorch" in (getattr(target, "__module__", None) or "")
+
+
 def storage(node: fx.Node) -> int | None:
     """What nodes that are views of one another have in common."""
     value = node.meta.get("val")
@@ -286,36 +292,34 @@ def depends_on_data(node: fx.Node) -> bool:
     return bool(node.meta.get("from_data"))
 
 
-def is_bias(node: fx.Node, limit: int = 400) -> bool:
-    """Is this made from weights, or from a product, and so more than a mask?"""
-    seen, todo = {node}, [node]
-    while todo and len(seen) < limit:
+def above(node: fx.Node, enters: Callable[[fx.Node], bool], limit: int | None = None) -> Iterator[fx.Node]:
+    """This node and all that it is computed from, as far as `enters` lets through and up to so many nodes."""
+    seen, todo = {node}, [node] if enters(node) else []
+    while todo and (limit is None or len(seen) < limit):
         current = todo.pop()
-        if is_parameter(current) or is_call(current, *PRODUCTS, _ATEN.linear):
-            return True
+        yield current
         for source in current.all_input_nodes:
-            if source not in seen and isinstance(source.meta.get("val"), Tensor):
+            if source not in seen and enters(source):
                 seen.add(source)
                 todo.append(source)
-    return False
+
+
+def is_bias(node: fx.Node, limit: int = 400) -> bool:
+    """Is this made from weights, or from a product, and so more than a mask?"""
+    made_from = above(node, lambda source: isinstance(source.meta.get("val"), Tensor), limit)
+    return any(is_parameter(each) or is_call(each, *PRODUCTS, _ATEN.linear) for each in made_from)
 
 
 def comes_from_product(node: fx.Node, limit: int = 400) -> bool:
     """Does a product of two activations stand above this node, with only elementwise steps and views between?"""
-    seen, todo = {node}, [node]
-    while todo and len(seen) < limit:
-        current = todo.pop()
-        if is_call(current, *PRODUCTS):
-            if not any(isinstance(a, fx.Node) and is_parameter(a) for a in current.args):
-                return True
-            continue
-        if is_call(current, *_BARRIERS) or current.op != "call_function":
-            continue
-        for source in current.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                todo.append(source)
-    return False
+
+    def is_product(each: fx.Node) -> bool:
+        return is_call(each, *PRODUCTS) and not any(isinstance(a, fx.Node) and is_parameter(a) for a in each.args)
+
+    def passes(each: fx.Node) -> bool:
+        return each.op == "call_function" and not is_call(each, *_BARRIERS, *PRODUCTS)
+
+    return any(is_product(each) for each in above(node, lambda each: passes(each) or is_product(each), limit))
 
 
 _ATEN = torch.ops.aten

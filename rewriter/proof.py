@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from rewriter.canonical import run
 from rewriter.guard import error, tolerance
 from rewriter.ops import attention
-from rewriter.raising import Match
-from rewriter.region import Region, Sizes, region_of, run
+from rewriter.raising import Match, arguments
+from rewriter.region import Region, Sizes, region_of
 from rewriter.site import Refusal
 
 _SMALL = (19, 23)
@@ -89,7 +90,7 @@ def _compare(region: Region, sizes: Sizes) -> Refusal | None:
         with torch.no_grad(), torch._C._DisableAutocast():  # which may be on around the call that is being compiled
             expected = original(*(values[node].clone() for node in match.inputs))
             tensors = region.operands(values, sizes, keep_mask=True, proof=True)
-            out = attention(*match.arguments(tensors, dropout=False))
+            out = attention(*arguments(tensors, match.site, dropout=False))
             actual = match.result(run, out, region.size(values, sizes), cast=False)
         if actual.shape != expected.shape:
             return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")

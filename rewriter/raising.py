@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from rewriter.axes import Placed
-from rewriter.canonical import Emit, SizeOf, gathered, scattered, sizes_from
+from rewriter.canonical import Emit, SizeOf, gathered, run, scattered, sizes_from
 from rewriter.capture import Graph
-from rewriter.facts import Op, Reading, Roles
+from rewriter.facts import HIDDEN, Op, Reading, Roles
 from rewriter.masks import Tokens, tokens_at
 from rewriter.ops import attention
 from rewriter.pattern import storage, value_of, written
@@ -97,7 +97,7 @@ class Match:
             wanted = (roles.batch, heads, rows, width)
             return gathered(emit, tensor, placed.layout, wanted, size, (full, full, full, full))
 
-        q = gather(query.placed, roles.heads + roles.groups, roles.rows, roles.width)
+        q = gather(query.placed, roles.query_heads, roles.rows, roles.width)
         k = gather(key.placed, roles.heads, roles.columns, roles.width)
         v = gather(values.placed, roles.heads, roles.columns, roles.value_width)
         for op in self.reading.factors:
@@ -106,11 +106,11 @@ class Match:
             if set(op.tensor.atoms) & set(roles.columns):
                 k = emit(apply, k, gather(op.tensor, roles.heads, roles.columns, (), False))
             else:
-                q = emit(apply, q, gather(op.tensor, roles.heads + roles.groups, roles.rows, (), False))
+                q = emit(apply, q, gather(op.tensor, roles.query_heads, roles.rows, (), False))
         sink = None
         if self.reading.sink is not None:
             placed = Placed(self.reading.sink, self.reading.sink_axes)
-            sink = gather(placed, roles.heads + roles.groups, (), (), False)
+            sink = gather(placed, roles.query_heads, (), (), False)
             sink = emit(_ATEN.reshape.default, emit(_ATEN.expand.default, sink, [-1, self.site.heads, -1, -1]), [-1])
         elif self.reading.zero_sink:
             sink = emit(_ATEN.new_zeros.default, q, [self.site.heads])
@@ -118,25 +118,20 @@ class Match:
 
     def result(self, emit: Emit, out: Any, size: SizeOf, *, cast: bool = True) -> Any:
         """The canonical output in the shape, and with `cast` the type, that the rest of the graph expects."""
-        roles = self.roles
-        groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.value_width)
-        out = scattered(emit, out, groups, self.reading.output.layout, size)
+        out = scattered(emit, out, self.roles.output, self.reading.output.layout, size)
         dtype = value_of(self.output).dtype
         return emit(_ATEN.to.dtype, out, dtype) if cast and dtype != self.site.torch_dtype else out
 
     def canonical_output(self, value: Tensor, size: SizeOf) -> Tensor:
         """The original's output as (B, H, Sq, Dv)."""
-        roles = self.roles
-        groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.value_width)
-        layout = self.reading.output.layout
-        result: Tensor = gathered(lambda operator, *args: operator(*args), value, layout, groups, size, (True,) * 4)
+        result: Tensor = gathered(run, value, self.reading.output.layout, self.roles.output, size, (True,) * 4)
         return result
 
-    def arguments(self, operands: Operands, *, dropout: bool = True) -> tuple[Any, ...]:
-        """The arguments of the canonical operator."""
-        site = self.site
-        numbers = site.scale, str(site.mask.positional), site.dropout_p if dropout else 0.0
-        return *operands[:5], *numbers, operands.sink, site.softcap or 0.0, site.normaliser
+
+def arguments(operands: Operands, site: AttentionSite, *, dropout: bool = True) -> tuple[Any, ...]:
+    """The arguments of the canonical operator."""
+    numbers = site.scale, str(site.mask.positional), site.dropout_p if dropout else 0.0
+    return *operands[:5], *numbers, operands.sink, site.softcap or 0.0, site.normaliser
 
 
 class ChangedInPlace(ValueError):
@@ -192,12 +187,10 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
     """All that is added to the scores as one tensor, broadcastable to (B, H, Sq, Skv): bool where that says the same,
     else additive in this type (that of the queries). It is what the original makes of scores that are all 0.
     """
-    roles = match.roles
-    groups = (roles.batch, roles.heads + roles.groups, roles.rows, roles.columns)
 
     def gather(op: Op) -> Any:
         assert op.tensor is not None
-        return gathered(emit, value(op.tensor.node), op.tensor.layout, groups, size, (False,) * 4)
+        return gathered(emit, value(op.tensor.node), op.tensor.layout, match.roles.scores, size, (False,) * 4)
 
     ops = match.reading.ops
     masks = [op for op in ops if op.kind in ("add", "shift", "keep", "drop")]
@@ -206,6 +199,8 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
     if len(masks) == 1 and masks[0].kind in ("keep", "drop") and masks[0].number == float("-inf"):
         return gather(masks[0]) if masks[0].kind == "keep" else emit(_ATEN.logical_not.default, gather(masks[0]))
     lowest = torch.finfo(match.site.torch_dtype).min
+    finite = any(op.kind in ("keep", "drop") and op.number != float("-inf") for op in masks)
+    mixed = finite and any(op.kind == "add" for op in masks)
     mask = None
     for op in ops:
         if op.kind == "add":
@@ -219,16 +214,27 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
         elif op.kind in ("keep", "drop"):
             hidden = gather(op) if op.kind == "drop" else emit(_ATEN.logical_not.default, gather(op))
             mask = emit(_ATEN.zeros_like.default, hidden, dtype=dtype) if mask is None else mask
-            # A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill
-            # is added, so it must be so large that the scores are lost in it, and the larger of two stays the larger.
-            fill = op.number if op.number == float("-inf") else max(op.number * 1e25, lowest)
+            fill = op.number if op.number == float("-inf") else max(op.number * (1 if mixed else _MUCH), lowest)
             mask = emit(_ATEN.where.self, hidden, emit(_ATEN.new_full.default, mask, [], fill), mask)
         elif mask is not None and op.kind == "scale":
             mask = emit(_ATEN.mul.Tensor, mask, op.number)
         elif mask is not None and op.kind in ("mul", "div"):
             factor = emit(_ATEN.to.dtype, gather(op), dtype)
             mask = emit(_ATEN.mul.Tensor if op.kind == "mul" else _ATEN.div.Tensor, mask, factor)
-    return mask
+    return _enlarged(emit, mask, torch.finfo(dtype).min) if mixed else mask
+
+
+_MUCH = 1e20
+"""A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill is added, so
+it must be so much larger that the scores are lost in it.
+"""
+
+
+def _enlarged(emit: Emit, mask: Any, lowest: float) -> Any:
+    """What hides, made larger. Of two numbers the larger stays the larger, whether filled in or added; -inf stays."""
+    larger = emit(_ATEN.clamp.default, emit(_ATEN.mul.Tensor, mask, _MUCH), lowest)
+    hidden = emit(_ATEN.logical_and.default, emit(_ATEN.le.Scalar, mask, HIDDEN), emit(_ATEN.isfinite.default, mask))
+    return emit(_ATEN.where.self, hidden, larger, mask)
 
 
 def _narrowed(emit: Emit, value: Any, dtype: torch.dtype, lowest: float) -> Any:
@@ -314,7 +320,7 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
         with gm.graph.inserting_before(match.output):
             size = match.sizes(emit, itself)
             operands = match.operands(emit, itself, size, None if match.structured else mask, padding)
-            node = emit(attention, *match.arguments(operands))
+            node = emit(attention, *arguments(operands, match.site))
             node.meta |= {k: v for k, v in match.output.meta.items() if k in ("stack_trace", "nn_module_stack")}
             result = match.result(emit, node, size)
         match.output.replace_all_uses_with(result)
@@ -325,17 +331,13 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
 
 def _mask_identity(match: Match) -> str:
     """Two matches with the same text, of the same tensors, have the same mask and padding."""
-    roles = match.roles
-    axes = (roles.batch, roles.heads, roles.groups, roles.rows, roles.columns)
-    names = {
-        atom: f"{group}{place}" for group, atoms in zip("bhgrk", axes, strict=True) for place, atom in enumerate(atoms)
-    }
+    names = match.roles.named
     lines = [
         (op.kind, op.number, op.tensor.node.name if op.tensor else "", _axes_as_text(op.tensor, names))
         for op in match.reading.ops
         if op.kind != "scale" or any(other.kind in ("add", "keep", "drop") for other in match.reading.ops)
     ]
-    sizes = [str(atom.size) for atom in names]
+    sizes = [names[atom] for axis in match.roles.scores for atom in axis]
     tokens = match.padding
     padding = (tokens.node.name, tokens.test, tokens.factor, _axes_as_text(tokens, names)) if tokens else None
     return str((lines, sizes, padding, match.site.dtype, match.site.mask != Full()))

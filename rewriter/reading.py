@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, forward, fresh, refined, shape_of
+from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, expanded, forward, fresh, fresh_axes, refined, shape_of
 from rewriter.beyond import drop_shifts, made_from, outside
 from rewriter.facts import Op, Operand, Reading
 from rewriter.operands import is_changed, strip, unexpanded
@@ -22,7 +22,7 @@ def read_call(node: fx.Node, call: Call) -> Reading | Refusal:
     """An attention that is one call."""
     query, key, value = fresh(call.query), fresh(call.key), fresh(call.value)
     batch = shape_of(node)[:-2]
-    shared: Layout = tuple((Atom(size),) if size != 1 else () for size in batch)
+    shared = fresh_axes(batch)
     ratio: Axis = ()
     if call.grouped and len(batch) >= 1 and shape_of(call.key)[-3] != shape_of(call.query)[-3]:
         groups = broadcast_groups(shape_of(call.query)[-3], shape_of(call.key)[-3])
@@ -57,6 +57,8 @@ def read_call(node: fx.Node, call: Call) -> Reading | Refusal:
         causal=call.causal,
         dropout_p=call.dropout_p,
         spelling=call.spelling,
+        edits=[call.edit] if call.edit else [],
+        opaque=bool(call.edit),
         product=node,
         weights=node,
     )
@@ -88,10 +90,54 @@ def read_ways(node: fx.Node, normaliser: Normaliser, up: Product, down: Product)
     return weights.follow(down.way, down.node) or weights.meet(down)
 
 
-class _Scores:
-    """The axes of the scores on their way to the normaliser, and what happened to them."""
+class _Carried:
+    """Axes on their way, and what happened to them that the operator cannot say."""
+
+    what: str
+    layout: Layout
+
+    def __init__(self) -> None:
+        self.edits: list[str] = []
+        self.mixed: list[Axis] = []
+        self.joined: Axis | None = None
+        """The keys of these scores, where others stand beside them."""
+
+    def take(self, way: Way) -> Refusal | None:
+        """Take every step; a sentence where one cannot be taken."""
+        return next((reason for node, step in way if (reason := self._take(node, step)) is not None), None)
+
+    def _take(self, node: fx.Node, step: Step) -> Refusal | None:
+        if step.kind == "view":
+            assert step.view is not None
+            moved = forward(node, step.view, self.layout)
+            if moved is None:
+                return Refusal(f"the axes of the {self.what} cannot be followed through {described(node)}")
+            self.layout = moved
+        elif step.kind == "edit":
+            self._edit(node, step)
+        elif step.kind != "same":
+            return Refusal(f"the reading of the {self.what} stopped at {described(node)}")
+        return None
+
+    def _edit(self, node: fx.Node, step: Step) -> None:
+        self.edits.append(step.name)
+        if step.axis is not None:
+            axis = step.axis % len(self.layout)
+            if step.name == "joined_scores":
+                self.joined = self.layout[axis]
+            else:
+                self.mixed.append(self.layout[axis])
+            if shape_of(node)[axis] != shape_of(step.source)[axis]:
+                self.layout = (*self.layout[:axis], (Atom(shape_of(node)[axis]),), *self.layout[axis + 1 :])
+
+
+class _Scores(_Carried):
+    """The axes of the scores on their way to the normaliser, and what they go through."""
+
+    what = "scores"
 
     def __init__(self, up: Product) -> None:
+        super().__init__()
         contraction = up.contraction
         labels = _labelled(contraction)
         self.product = up.node
@@ -105,10 +151,7 @@ class _Scores:
             for atom in labels[label]
         )
         self.ops = [Op("scale", contraction.alpha)] if contraction.alpha != 1 else []
-        self.edits: list[str] = [contraction.edit] if contraction.edit else []
-        self.mixed: list[Axis] = []
-        self.joined: Axis | None = None
-        """The keys of these scores, where others stand beside them."""
+        self.edits += [contraction.edit] if contraction.edit else []
         self.sink: fx.Node | None = None
         self.sink_axes: Layout = ()
         self.zero_sink = False
@@ -123,45 +166,24 @@ class _Scores:
         if self.addend is not None:
             step = Step("add", self.product, self.addend, self.beta)
             way = ((self.product, step), *way)
-        for node, step in way:
-            reason = self._take(node, step)
-            if reason is not None:
-                return reason
-        return None
+        return self.take(way)
 
     def _take(self, node: fx.Node, step: Step) -> Refusal | None:
         if (self.sink is not None or self.zero_sink) and step.kind not in ("same", "add"):
             return Refusal(f"the scores and their sink are changed together at {described(node)}")
-        if step.kind == "view":
-            assert step.view is not None
-            moved = forward(node, step.view, self.layout)
-            if moved is None:
-                return Refusal(f"the axes of the scores cannot be followed through {described(node)}")
-            self.layout = moved
-        elif step.kind in ("scale", "shift"):
+        if step.kind in ("scale", "shift"):
             self.ops.append(Op(step.kind, step.number))
         elif step.kind == "cap":
             self.ops.append(Op("cap"))
-        elif step.kind in ("edit", "guard"):
+        elif step.kind == "guard":
             self._edit(node, step)
         elif step.kind == "sink":
             return self._add_sink(node, step)
         elif step.kind in ("add", "mul", "div", "keep", "drop"):
             return self._combine(node, step)
-        elif step.kind != "same":
-            return Refusal(f"the reading of the scores stopped at {described(node)}")
+        else:
+            return super()._take(node, step)
         return None
-
-    def _edit(self, node: fx.Node, step: Step) -> None:
-        self.edits.append(step.name)
-        if step.axis is not None:
-            axis = step.axis % len(self.layout)
-            if step.name == "joined_scores":
-                self.joined = self.layout[axis]
-            else:
-                self.mixed.append(self.layout[axis])
-            if shape_of(node)[axis] != shape_of(step.source)[axis]:
-                self.layout = (*self.layout[:axis], (Atom(shape_of(node)[axis]),), *self.layout[axis + 1 :])
 
     def _add_sink(self, node: fx.Node, step: Step) -> Refusal | None:
         assert step.axis is not None
@@ -179,12 +201,8 @@ class _Scores:
         assert step.tensor is not None
         if len(shape_of(node)) < len(self.layout):
             return Refusal(f"the axes of the scores cannot be followed through {described(node)}")
-        given = ((),) * (len(shape_of(node)) - len(self.layout)) + self.layout
         # A mask may be larger than the scores: there is one product for several of its heads.
-        frame = tuple(
-            refined(axis) or ((Atom(size),) if size != 1 else ())
-            for size, axis in zip(shape_of(node), given, strict=True)
-        )
+        frame = expanded(shape_of(node), self.layout)
         axes = broadcast(step.tensor, frame)
         if axes is None:
             return Refusal(f"the mask is larger than the scores at {described(node)}")
@@ -202,14 +220,18 @@ class _Scores:
         return None
 
 
-class _Weights:
+class _Weights(_Carried):
     """The axes of the weights on their way from the normaliser to the values."""
 
+    what = "weights"
+
     def __init__(self, scores: _Scores, node: fx.Node, normaliser: Normaliser) -> None:
+        super().__init__()
         self.scores, self.node, self.normaliser = scores, node, normaliser
+        self.mixed, self.joined = list(scores.mixed), scores.joined
         self.layout = self.frame = scores.layout
         self.over = None if normaliser.kind != "softmax" else scores.layout[normaliser.axis % len(scores.layout)]
-        self.edits = list(scores.edits) + ([normaliser.edit] if normaliser.edit else [])
+        self.edits += [*scores.edits, *([normaliser.edit] if normaliser.edit else [])]
         self.doubts: list[str] = []
         self.ops = list(scores.ops)
         self.dropout_p = 0.0
@@ -221,20 +243,10 @@ class _Weights:
             # A guard looks at the weights too, on the same way.
             if any(user is not below and not made_from(below, user) for user in node.users):
                 self.edits.append("weights_used")
-        for node, step in way:
-            reason = self._take(node, step)
-            if reason is not None:
-                return reason
-        return None
+        return self.take(way)
 
     def _take(self, node: fx.Node, step: Step) -> Refusal | None:
-        if step.kind == "view":
-            assert step.view is not None
-            moved = forward(node, step.view, self.layout)
-            if moved is None:
-                return Refusal(f"the axes of the weights cannot be followed through {described(node)}")
-            self.layout = moved
-        elif step.kind == "dropout":
+        if step.kind == "dropout":
             if step.number and self.dropout_p:
                 self.edits.append("dropped_twice")
             self.dropout_p = self.dropout_p or step.number
@@ -245,15 +257,10 @@ class _Weights:
                 self._part(node, step)
         elif step.kind == "guard":
             self.doubts.append(step.name)
-        elif step.kind == "edit":
-            self.scores.layout = self.layout
-            self.scores._edit(node, step)
-            self.layout = self.scores.layout
-            self.edits.append(step.name)
         elif step.kind in ("scale", "mul", "div", "add", "shift"):
             self.edits.append("weights_scaled" if step.kind in ("scale", "mul", "div") else "weights_shifted")
-        elif step.kind != "same":
-            return Refusal(f"the reading of the weights stopped at {described(node)}")
+        else:
+            return super()._take(node, step)
         return None
 
     def _part(self, node: fx.Node, step: Step) -> None:
@@ -292,12 +299,12 @@ class _Weights:
             labels[label] = labels.get(label) or axis
         for label, size in zip(others, shape_of(value), strict=True):
             if not labels.get(label):
-                labels[label] = (Atom(size),) if size != 1 else ()
+                (labels[label],) = fresh_axes([size])
         summed = [label for label in mine if label not in contraction.out_labels]
         columns = refined(tuple(atom for label in summed for atom in labels[label]))
         over = refined(self.over) if self.over is not None else columns
-        if self.scores.joined is not None:
-            columns = over = refined(self.scores.joined)
+        if self.joined is not None:
+            columns = over = refined(self.joined)
         if set(columns) != set(over) or (not columns and not summed):
             return Refusal("the values are summed over other axes than the weights are normalised over")
         if any(label not in others for label in summed):
@@ -335,7 +342,7 @@ class _Weights:
             known = {*query.atoms, *key.atoms, *value.atoms}
             alone = [axis for axis in self.frame if axis and not set(refined(axis)) & known]
             rows = refined(alone[-1]) if alone else ()
-        if any(set(refined(mixed)) & (set(rows) | set(columns)) for mixed in scores.mixed):
+        if any(set(refined(mixed)) & (set(rows) | set(columns)) for mixed in self.mixed):
             return Refusal("a linear layer over the queries or keys of the scores")
         reading = Reading(
             query=Operand("query", query),

@@ -7,7 +7,7 @@ it as the original implementation beside the candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.axes import Axis, Layout, as_captured
-from rewriter.canonical import SizeOf
+from rewriter.canonical import SizeOf, run
 from rewriter.facts import Op
 from rewriter.pattern import is_bias, is_call, value_of
-from rewriter.raising import Match, Operands, between, compose_mask, compose_padding
+from rewriter.raising import ChangedInPlace, Match, Operands, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
 
 _ATEN = torch.ops.aten
@@ -161,9 +161,11 @@ class Region:
             shape = [(sizes or {}).get(hint(n), hint(n)) for n in fake.shape]
             if node in terms or node is padding:
                 visible = torch.rand(shape, generator=generator) < 0.7
+                op = terms.get(node)
                 if hide_rows and len(shape) > 1:
                     visible[..., :1, :] = False
-                op = terms.get(node)
+                if proof and not hide_rows and op is not None and self._is_fill_below(op):
+                    visible.fill_(True)  # or a row would be hidden by chance, and what is added to its fill be seen
                 flags = ~visible if op is not None and op.kind == "drop" else visible
                 lowest = float("-inf") if infinite else torch.finfo(value_of(node).dtype).min if floats else 0.0
                 hidden = lowest if op is None or op.number > 0 else -lowest
@@ -178,8 +180,11 @@ class Region:
 
     def _above_a_fill(self, op: Op) -> bool:
         ops = self.match.reading.ops
-        below = ops[: ops.index(op)]
-        return any(each.kind in ("keep", "drop") and float("-inf") < each.number <= -1e8 for each in below)
+        return any(map(_is_fill, ops[: ops.index(op)]))
+
+    def _is_fill_below(self, op: Op) -> bool:
+        ops = self.match.reading.ops
+        return _is_fill(op) and any(each.kind == "add" for each in ops[ops.index(op) :])
 
     def size(self, values: Mapping[fx.Node, Tensor], sizes: Sizes | None = None) -> SizeOf:
         """How long each atom is where the inputs have these values."""
@@ -196,11 +201,6 @@ class Region:
         return match.operands(run, value, size, mask, padding)
 
 
-def run(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The `Emit` that computes."""
-    return operator(*args, **kwargs)
-
-
 def proof_dtype(dtype: torch.dtype) -> torch.dtype:
     """The mathematics is proved where rounding does not hide a mistake, nor look like one."""
     return torch.float64 if dtype.is_floating_point else dtype
@@ -209,6 +209,11 @@ def proof_dtype(dtype: torch.dtype) -> torch.dtype:
 def hint(size: Any) -> Any:
     """A size or factor as a plain number: a symbolic one as captured."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def _is_fill(op: Op) -> bool:
+    """A finite number in place of hidden scores, in which float32 loses whatever is added to it."""
+    return op.kind in ("keep", "drop") and float("-inf") < op.number <= -1e8
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -220,9 +225,11 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def region_of(match: Match) -> Region | Refusal:
-    """The region, or why the match is not whole."""
+    """The region, or why the match is not whole. Raises `ChangedInPlace` where that is why."""
     try:
         return Region(match)
+    except ChangedInPlace:
+        raise
     except ValueError as reason:
         return Refusal(str(reason))
 

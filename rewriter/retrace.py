@@ -7,17 +7,19 @@ with the same metadata. What cannot be treated call by call raises `NotCallByCal
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriter.fastpath import WRITTEN_OUT
-from rewriter.pattern import storage, written
+from rewriter.pattern import is_transform, storage, written
 
 Graph = fx.GraphModule
 
@@ -50,7 +52,7 @@ def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, alias
 
 def under_vmap(gm: Graph) -> bool:
     """Does a part of this graph run under `vmap`? It cannot be traced as a whole."""
-    return any(_is_functorch(node.target) for node in gm.graph.nodes)
+    return any(is_transform(node.target) for node in gm.graph.nodes)
 
 
 def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, aliased: bool) -> Graph:
@@ -93,6 +95,11 @@ class _CallTracer:
         held = self.source
         for name in str(node.target).split("."):
             held = getattr(held, name)
+        if isinstance(held, Graph):  # a function that a call takes as its argument
+            name = f"_function{len(self.copies)}"
+            setattr(self.root, name, held)
+            self.copies[node] = self.graph.get_attr(name)
+            return
         if not isinstance(held, Tensor):
             raise NotCallByCall(f"the attribute {node.target}")
         self.copies[node] = self._constant(held)
@@ -114,7 +121,7 @@ class _CallTracer:
             torch._C._set_grad_enabled(*node.args)  # It holds for the calls that follow, and `call_by_call` ends it.
             self.graph.call_function(node.target, node.args)
             return
-        if self._vmaps or _is_functorch(node.target):
+        if self._vmaps or is_transform(node.target):
             self._verbatim(node)
             return
         if getattr(node.target, "__module__", "") == torch.nn.attention.__name__:
@@ -122,6 +129,9 @@ class _CallTracer:
             # Which kernels may serve the calls that follow: it is set when the graph runs.
             fx.node.has_side_effect(node.target)
             self.copies[node] = self.graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), self._copy))
+            return
+        if node.target is torch.ops.higher_order.flex_attention:
+            self._with_functions(node)
             return
         if _has_state(node.target):
             raise NotCallByCall(f"a call of {node.target}")
@@ -136,13 +146,25 @@ class _CallTracer:
             traced = self._known[key] = self._trace(node, arguments, sources)
         self.copies[node] = self._paste(traced, sources, node)
 
+    def _with_functions(self, node: fx.Node) -> None:
+        """Copy a call that takes functions of its own, with its results one by one."""
+        assert callable(node.target)
+        copy = self.graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), self._copy))
+        copy.meta = dict(node.meta)
+        results = []
+        for place, value in enumerate(node.meta["example_value"]):
+            result = self.graph.call_function(operator.getitem, (copy, place))
+            result.meta = dict(node.meta) | {"val": value}
+            results.append(result)
+        self.copies[node] = tuple(results)
+
     def _verbatim(self, node: fx.Node) -> None:
         """Copy a call as it is: under `vmap`, by which masks are made, nothing can be traced."""
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("_grad_increment_nesting", "_jvp_increment_nesting"):
             raise NotCallByCall(f"a call of {name}")
         self._vmaps += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
-        if _is_functorch(node.target):
+        if is_transform(node.target):
             assert callable(node.target)
             fx.node.has_side_effect(node.target)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._copy)
@@ -167,7 +189,13 @@ class _CallTracer:
             assert callable(node.target)
             return node.target(*args, **kwargs)
 
-        traced = make_fx(run, pre_dispatch=True, decomposition_table=WRITTEN_OUT, _allow_non_fake_inputs=True)(*fresh)
+        try:
+            traced = make_fx(run, pre_dispatch=True, decomposition_table=WRITTEN_OUT, _allow_non_fake_inputs=True)(
+                *fresh
+            )
+        except DataDependentOutputException as cause:
+            # The value of a constant: fresh tensors lack it, and the graph as a whole has it.
+            raise NotCallByCall(f"{node.target} reads the value of a tensor") from cause
         for source, value in zip(sources, fresh, strict=True):
             if isinstance(value, Tensor) and _metadata(value) != _metadata(source.meta["val"]):
                 raise NotCallByCall(f"{node.target} changes the shape of its argument")
@@ -199,10 +227,6 @@ class _CallTracer:
                 copy.meta = {**described, "val": inner.meta.get("val")}
                 pasted[inner] = copy
         raise AssertionError("a graph has an output")
-
-
-def _is_functorch(target: Any) -> bool:
-    return "functorch" in (getattr(target, "__module__", None) or "")
 
 
 def _has_state(target: Any) -> bool:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from rewriter.axes import Atom
 from rewriter.capture import transforms_ended
-from rewriter.pattern import PRODUCTS, constant, depends_on_data, is_call, storage, value_of, written
+from rewriter.pattern import PRODUCTS, constant, depends_on_data, is_call, is_transform, storage, value_of, written
 
 _ATEN = torch.ops.aten
 _MOST_ELEMENTS = 1 << 28
@@ -67,16 +67,16 @@ def part_of(node: fx.Node) -> Part | None:
         own = {storage(each) for each in needed if not isinstance(each.meta.get("val"), _NUMBERS)} - {None}
         todo = [other for other in _writers(node) if other not in needed and own & {storage(t) for t in written(other)}]
     changed = any(written(each) for each in needed)
-    if any(_is_transform(each) for each in needed):
+    if any(is_transform(each.target) for each in needed):
         # It is evaluated where it stands, between the calls that open and close the levels.
-        named = [each for each in node.graph.nodes if _is_transform(each)]
+        named = [each for each in node.graph.nodes if is_transform(each.target)]
         levels = [each for each in named if "nesting" in getattr(each.target, "__name__", "")]
         needed |= {*levels, *(size for each in levels for size in each.all_input_nodes)}
         changed = True
     users = [user for user in node.users if user not in needed]
     first = min(users, default=None)
     inner = [each for each in node.graph.nodes if each in needed]
-    if first is not None and any(first < each for each in inner if not _is_transform(each)):
+    if first is not None and any(first < each for each in inner if not is_transform(each.target)):
         return None
     targets = {storage(target) for each in inner for target in written(each)} - {None}
     if changed and any(storage(leaf) in targets for leaf, kind in leaves.items() if kind != "number"):
@@ -89,11 +89,6 @@ def _is_chance(node: fx.Node) -> bool:
     if is_call(node, _ATEN.dropout) and not (node.args[2] and node.args[1]):
         return False
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _is_transform(node: fx.Node) -> bool:
-    """Is this a call of functorch, by which masks are made element by element?"""
-    return "functorch" in (getattr(node.target, "__module__", None) or "")
 
 
 def _writers(node: fx.Node) -> list[fx.Node]:
@@ -238,7 +233,7 @@ def evaluate(
 
 def _value(node: fx.Node, sizes: Sizes, values: Values, given: Mapping[fx.Node, Tensor]) -> Any:
     meta = node.meta.get("val")
-    is_size = not _is_transform(node)  # A level is a number too, and opened by the call.
+    is_size = not is_transform(node.target)  # A level is a number too, and opened by the call.
     if isinstance(meta, (torch.SymInt, int)) and not isinstance(meta, bool) and is_size:
         return number(meta, sizes)
     if isinstance(meta, _NUMBERS) and is_size:

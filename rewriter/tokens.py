@@ -21,8 +21,8 @@ from rewriter.axes import Atom, Size, refined, reshaped, shape_of, size_of
 from rewriter.biases import terms
 from rewriter.facts import Reading
 from rewriter.pattern import argument, depends_on_data, is_parameter
-from rewriter.site import AttentionSite, Refusal
-from rewriter.walk import steps_at
+from rewriter.site import AttentionSite
+from rewriter.walk import step_at
 
 
 @dataclass(eq=False)
@@ -183,10 +183,10 @@ def _rolled(node: fx.Node, known: Known) -> Layout | None:
 
 
 def _viewed(node: fx.Node, known: Known) -> Layout | None:
-    steps = steps_at(node)
-    if isinstance(steps, Refusal) or len(steps) != 1 or steps[0].view is None or steps[0].source not in known:
+    step = step_at(node)
+    if step is None or step.view is None or step.source not in known:
         return None
-    given, view = known[steps[0].source], steps[0].view
+    given, view = known[step.source], step.view
     if view.order is not None:
         return tuple(given[axis] for axis in view.order)
     if view.repeats:

@@ -1,6 +1,6 @@
 """From a normaliser up to the product of queries and keys, and down to the product with the values.
 
-Both ways the patterns say what each node is. The walks only find the way; what it means is read in `rewriter.facts`.
+Both ways the patterns say what each node is. The walks only find the way; what it means is read in `rewriter.reading`.
 """
 
 from __future__ import annotations
@@ -100,6 +100,12 @@ def steps_at(node: fx.Node) -> Sequence[Step] | Refusal:
     if answer is None:
         return ()
     return (answer,) if isinstance(answer, Step) else answer
+
+
+def step_at(node: fx.Node) -> Step | None:
+    """What this node is, where it can be one element only."""
+    steps = steps_at(node)
+    return steps[0] if not isinstance(steps, Refusal) and len(steps) == 1 else None
 
 
 def is_linear_attention(node: fx.Node, outputs: Collection[fx.Node]) -> bool:

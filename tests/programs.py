@@ -105,27 +105,27 @@ EDITS = ("talking heads before", "talking heads after", "weights scaled", "renor
 class Program:
     """One spelling of attention, as its elements. Sizes are those of the module's inputs."""
 
-    layout: str
-    product: str
-    value_product: str
-    sharing: str
-    batch: int
-    kv_heads: int
-    groups: int
-    q_len: int
-    kv_len: int
-    width: int
-    v_width: int
-    scales: tuple[tuple[str, str, float], ...]
-    softcap: float | None
-    biases: tuple[str, ...]
-    masks: tuple[tuple[str, str], ...]
-    normaliser: str
-    dropout: bool
-    edit: str | None
-    output: str
-    dtype: str
-    seed: int
+    layout: str = "packed"
+    product: str = "matmul"
+    value_product: str = "matmul"
+    sharing: str = "none"
+    batch: int = 2
+    kv_heads: int = 2
+    groups: int = 1
+    q_len: int = 7
+    kv_len: int = 7
+    width: int = 16
+    v_width: int = 16
+    scales: tuple[tuple[str, str, float], ...] = ()
+    softcap: float | None = None
+    biases: tuple[str, ...] = ()
+    masks: tuple[tuple[str, str], ...] = ()
+    normaliser: str = "softmax"
+    dropout: bool = False
+    edit: str | None = None
+    output: str = "as it is"
+    dtype: str = "float32"
+    seed: int = 0
 
     @property
     def heads(self) -> int:

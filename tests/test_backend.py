@@ -20,6 +20,7 @@ import rewriter
 from rewriter import select
 from rewriter.errors import OptionError, PlanError
 from rewriter.guard import error, tolerance
+from rewriter.site import Dense
 from rewriter.tune.measure import SiteBench
 
 backend = importlib.import_module("rewriter.backend")  # The package has a function of that name.
@@ -319,7 +320,7 @@ def test_inner_backends_by_name() -> None:
     assert backend.inner_compiler(len) is len  # type: ignore[arg-type, comparison-overlap]
 
 
-def test_flex_attention_runs_as_it_is() -> None:
+def test_flex_attention_is_recognised_and_runs_as_it_is() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
     def model(q: Any, k: Any, v: Any) -> Any:
@@ -330,3 +331,18 @@ def test_flex_attention_runs_as_it_is() -> None:
     torch.compiler.reset()
     actual = torch.compile(model, backend="rewriter", options={"inner": "eager"})(q, k, v)
     assert torch.equal(actual, expected)
+
+    class Both(nn.Module):
+        """Beside a call that is read."""
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            return model(q, k, v) + (q @ k.mT).softmax(-1) @ v
+
+    torch.compiler.reset()
+    report = rewriter.explain(Both(), q, k, v)
+    flex, eager = report.sites
+    assert (flex.spelling, flex.edits, flex.mask, flex.heads) == ("flex", ("score_function",), Dense(), 2)
+    assert (eager.spelling, eager.edits) == ("eager", ())
+    torch.compiler.reset()
+    whole = torch.compile(Both(), backend="rewriter", options={"inner": "eager"})(q, k, v)
+    assert torch.allclose(whole, expected + (q @ k.mT).softmax(-1) @ v, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -403,3 +404,15 @@ def test_a_part_under_vmap(rewrite: Any) -> None:
     result = rewrite(model, q, k, v, variant="sdpa")
     assert len(result.sites) == 1
     assert error(result.out, model(q, k, v)) <= tolerance(torch.float32)
+
+
+def test_a_number_that_is_a_tensor(rewrite: Any) -> None:
+    """`alpha` has to be a number, which dynamo gives as a constant tensor where NumPy made it."""
+
+    def model(q: Tensor) -> Tensor:
+        return torch.add(1e-6, (q @ q.mT).softmax(-1) @ q, alpha=np.sqrt(q.numel() / 8))
+
+    q = torch.randn(2, 3, 7, 8)
+    result = rewrite(model, q, variant="sdpa")
+    assert len(result.sites) == 1
+    assert error(result.out, model(q)) <= tolerance(torch.float32)

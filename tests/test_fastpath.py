@@ -67,3 +67,24 @@ def test_gradients_take_the_usual_path(rewrite: Any) -> None:
     (gradient,) = torch.autograd.grad(result.out.square().sum(), x)
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
     assert error(gradient, expected) <= tolerance(torch.float32)
+
+
+def test_a_decoder_is_one_graph(rewrite: Any) -> None:
+    """Whether its mask is causal is only a hint, which torch reads from the values of the mask."""
+    layer = nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).eval()
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+
+    class Decoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, target: Tensor, memory: Tensor) -> Tensor:
+            return self.model(target, memory, tgt_mask=mask)
+
+    inputs = torch.randn(2, 6, 16), torch.randn(2, 9, 16)
+    result = rewrite(Decoded(), *inputs, variant="sdpa")
+    assert [(site.q_len, site.kv_len) for site in result.sites] == [(6, 6), (6, 9)] * 2
+    with torch.no_grad():
+        assert error(result.out, Decoded()(*inputs)) <= tolerance(torch.float32)

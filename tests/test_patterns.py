@@ -88,9 +88,13 @@ def check_kept_or_placed(pattern: Pattern, result: Any) -> None:
 # --- the examples of the patterns ------------------------------------------------------------------------------------
 
 
+# Tested in a file of their own: flex_attention runs compiled only, and has no gradients on a CPU (test_backend.py).
+WITHOUT_EXAMPLES = {"flex"}
+
+
 @pytest.mark.parametrize("name", patterns())
 def test_every_pattern_has_examples(name: str) -> None:
-    assert len(patterns()[name].examples) >= 2
+    assert (len(patterns()[name].examples) >= 2) != (name in WITHOUT_EXAMPLES)
     assert patterns()[name].name == name
 
 

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 
 from rewriter.guard import error, tolerance
 from tests.programs import LookAlike, Program, check_equal, look_alikes, programs, rewritten
@@ -25,6 +25,10 @@ TRIED = settings(
 
 @TRIED
 @given(programs())
+@example(Program(masks=(("padding", "masked_fill -1e9"), ("tril", "add"))))
+@example(Program(masks=(("chunks", "commuted add"), ("padding", "masked_fill -1e9")), width=8, v_width=8))
+@example(Program(masks=(("tril", "masked_fill -1e9"), ("padding", "add"))))
+@example(Program(masks=(("tril", "masked_fill lowest"), ("tril", "add"))))
 def test_programs(program: Program) -> None:
     model, inputs = program.module(), program.inputs()
     detection, run = rewritten(model, *inputs)

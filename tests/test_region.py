@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.canonical import run
 from rewriter.facts import Op
 from rewriter.guard import error, tolerance
 from rewriter.ops import attention
-from rewriter.region import Region, hint, region_of, run
+from rewriter.raising import arguments
+from rewriter.region import Region, hint, region_of
 from rewriter.site import Causal, Padding, Refusal
 
 
@@ -227,5 +229,5 @@ def test_operands(region: Any, keep_mask: bool) -> None:
     assert operands.mask is not None
     assert operands.padding.shape == (2, 7)
     size = found.size(found.values())
-    out = found.match.result(run, attention(*found.match.arguments(operands)), size)
+    out = found.match.result(run, attention(*arguments(operands, found.match.site)), size)
     assert out.shape == q.shape

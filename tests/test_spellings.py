@@ -396,6 +396,9 @@ PRODUCTS: Group = {
     "multiply and sum twice": a(
         lambda q, k, v: ((q[..., None, :] * k[..., None, :, :]).sum(-1).softmax(-1)[..., None] * v[:, :, None]).sum(-2)
     ),
+    "one query without an axis": a(
+        lambda q, k, v: (((q[:, :, :1] * k).sum(-1) * DEFAULT).softmax(-1)[..., None] * v).sum(2), q_len=1,
+    ),
     "vecdot": a(vecdot),
     "linear of data": a(
         lambda q, k, v: F.linear(F.linear(q, k).softmax(-1), v.T), two
