@@ -16,6 +16,7 @@ demo: .venv/ready  ## the main job, on real pretrained models
 
 test: check  ## everything that has to pass
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_linear.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The command line: `rewriter explain | convert | variants | doctor | demo | bench`.
+"""The command line: `rewriter explain | convert | variants | doctor | demo | bench | kernels`.
 
 A command returns a JSON document; without `--json` it has printed the same for a person. `run` turns every error into
 one line on stderr and an exit status: 2 for bad input, 1 for a guard that failed, 3 for a defect of the library.
@@ -21,8 +21,10 @@ import typer
 from rich.console import Console
 
 from rewriter import debug
+from rewriter.bench.cli import bench
+from rewriter.codegen.cli import kernels
 from rewriter.errors import GuardError, OptionError, RewriterError
-from rewriter.terminal import Document, as_text, calm, progress, stdout
+from rewriter.terminal import JSON, Document, as_text, calm, progress, stdout
 
 app = typer.Typer(
     help="Finds every attention in a PyTorch model and replaces it by efficient variants, under an accuracy guard.",
@@ -30,8 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure the library itself.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(kernels, name="kernels")
 
 
 class Goal(StrEnum):
@@ -52,7 +54,6 @@ class Dtype(StrEnum):
 TARGET = Annotated[
     str, typer.Argument(metavar="TARGET", help="A Hugging Face checkpoint folder, or package.module:function.")
 ]
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence.")]
 DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda; without it, the GPU if there is one.")]
 DTYPE = Annotated[Dtype | None, typer.Option(help="Load the weights in this type instead of the checkpoint's.")]
@@ -156,7 +157,7 @@ def variants(as_json: JSON = False) -> Document:
     from rewriter.variant import variants as all_variants
 
     rows = [
-        {"name": v.name, "fidelity": v.fidelity, "paper": v.paper, "file": _file_of(v.reference)}
+        {"name": v.name, "fidelity": v.fidelity, "paper": v.paper, "file": _file_of(v.applies)}
         for v in all_variants().values()
     ]
     if not as_json:
@@ -194,41 +195,6 @@ def demo(
 
     console = Console(quiet=True) if as_json else stdout()
     return run_demo(max_drop=check_max_drop(max_drop), model=model, quick=quick, working=progress, console=console)
-
-
-@bench.command("detect")
-def bench_detect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Python whose `entries()` yields models with sites.")],
-    library: Annotated[str | None, typer.Option(help="Only the models of this one.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, evenly over the list.")] = None,
-    inductor: Annotated[bool, typer.Option(help="Also what PyTorch Inductor recognises.")] = True,
-    overhead: Annotated[int, typer.Option(min=0, help="Compare so many with a cold torch.compile, which is slow.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.")] = 150.0,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    as_json: JSON = False,
-) -> Document:
-    """Count the attentions found in models with a known number of them."""
-    from rewriter.bench import tables
-    from rewriter.bench.detect import Options, chosen, serve
-    from rewriter.bench.isolated import stream
-
-    options = Options(library=library, limit=limit, inductor=inductor, overhead=overhead, timeout=timeout)
-    total, results = len(chosen(file, options)), []
-    if total == 0:
-        raise OptionError(f"{file} declares no models of {library}")
-    with progress() as advance:
-        advance("measuring", 0, total)
-        for measured in stream(serve, file, options):
-            results.append(measured)
-            advance("measuring", len(results), total)
-    if markdown:
-        print(tables.markdown(results))
-    elif not as_json:
-        tables.print_results(results, stdout())
-    changed = [measured.name for measured in results if measured.changed]
-    if changed and not as_json:  # the document says so itself
-        raise GuardError(f"an exact rewrite changed the outputs of {', '.join(changed)}")
-    return {"results": [measured.to_json() for measured in results], "changed": changed}
 
 
 def seconds(text: str | None) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from rewriter.cache import cache_dir
+from rewriter.codegen import native
 from rewriter.convert.checkpoint import cause
 from rewriter.target import Target
 from rewriter.variant import variants
@@ -41,7 +41,7 @@ def examine(compile_probe: bool = True) -> Iterator[Check]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     yield Check("device", True, f"{device} ({name})")
     yield Check("capability", True, Target.current(device).capability)
-    compiler = cxx_compiler()
+    compiler = native.compiler()
     without = "no g++, clang++ or $CXX: kernels in C++ and torch.compile's inductor are out of reach, PyTorch's remain"
     yield Check("C++ compiler", compiler is not None, compiler or without)
     if compile_probe:
@@ -49,12 +49,6 @@ def examine(compile_probe: bool = True) -> Iterator[Check]:
     yield _probe("variants", lambda: ", ".join(variants()))
     for title, folder in caches().items():
         yield Check(title, True, f"{folder} ({size(folder)})")
-
-
-def cxx_compiler() -> str | None:
-    """The path of the C++ compiler that would be used, if there is one."""
-    named = os.environ.get("CXX")
-    return next((found for word in ([named] if named else ["g++", "clang++"]) if (found := shutil.which(word))), None)
 
 
 def caches() -> dict[str, Path]:

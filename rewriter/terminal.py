@@ -9,14 +9,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from rewriter import debug
 
 Document = dict[str, Any]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Advance = Callable[[str, int, int | None], None]
 
 

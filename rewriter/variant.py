@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
+
+if TYPE_CHECKING:
+    from rewriter.codegen.formula import Formula
 
 Config = Mapping[str, int | float | str | bool]
 """The settings of a variant at one site: plain values, as they stand in the plan."""
@@ -64,6 +67,7 @@ class Variant:
     cases       sites that the tests and benchmarks run
     near_misses sites that `takes` must refuse
     elements    which of `AttentionSite.elements` it computes, beyond softmax(scale * q k^T + mask) v
+    formula     what it computes as functions of indices, from which kernels are generated; None where it is none
     """
 
     name: str
@@ -76,6 +80,7 @@ class Variant:
     cases: Sequence[Case] = field(default=())
     near_misses: Sequence[AttentionSite] = field(default=())
     elements: frozenset[str] = frozenset()
+    formula: Callable[[AttentionSite, Config], Formula] | None = None
 
     def takes(self, site: AttentionSite, target: Target) -> bool | Refusal:
         """Does it apply here, and does it compute all that the scores go through?"""

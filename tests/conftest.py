@@ -140,6 +140,7 @@ def rewrite() -> Callable[..., Rewritten]:
 
 _gpu_tests: set[str] = set()
 _gpu_tests_run: set[str] = set()
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -148,7 +149,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.nodeid in _gpu_tests and not torch.cuda.is_available():
+    if item.nodeid in _gpu_tests and not torch.cuda.is_available() and not _INTERPRETED:
         pytest.skip("no CUDA device")
 
 
@@ -159,6 +160,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     left = len(_gpu_tests - _gpu_tests_run)
+    if _INTERPRETED and _gpu_tests_run:
+        terminalreporter.write_line(f"gpu: {len(_gpu_tests_run)} tests run by Triton's interpreter, 0 on a device")
     if left:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
         terminalreporter.write_line(f"gpu: {left} of {len(_gpu_tests)} tests not run ({device})", yellow=True)

@@ -100,7 +100,7 @@ def test_a_variant_takes_what_it_applies_to() -> None:
 )  # fmt: skip
 def test_what_a_variant_does_not_compute_it_does_not_take(facts: dict[str, Any], missing: str) -> None:
     site = replace(SITE, **facts)
-    refusal = SDPA.takes(site, Target.current())
+    refusal = replace(SDPA, elements=frozenset({"bias"})).takes(site, Target.current())
     assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.path, refusal.source) == (f"it does not compute {missing}", "a", "m.py:1")
     assert replace(SDPA, elements=site.elements).takes(site, Target.current()) is True
@@ -109,7 +109,7 @@ def test_what_a_variant_does_not_compute_it_does_not_take(facts: dict[str, Any],
 
 def test_a_kept_site_is_taken_by_nothing_but_the_original() -> None:
     site = replace(SITE, edits=("weights_used", "squared"))
-    refusal = SDPA.takes(site, Target.current())
+    refusal = replace(SDPA, elements=frozenset({"bias"})).takes(site, Target.current())
     assert isinstance(refusal, Refusal)
     assert "weights_used, squared" in refusal.reason and refusal.path == "a"
     assert variants()[ORIGINAL].takes(site, Target.current()) is True

@@ -1,7 +1,9 @@
-"""PyTorch's fused attention: the same mathematics in blocks, with a running softmax, without storing the scores.
+"""Fused attention: the same mathematics in blocks, with a running softmax, without storing the scores.
 
 Flash attention (Dao et al. 2022, arXiv:2205.14135, algorithm 1): for each block of keys, with m the running maximum,
 total' = total exp(m - m') + sum exp(s - m') and o' = o exp(m - m') + exp(s - m') v. Exact up to the order of the sums.
+By PyTorch's own kernel, or by a generated one where that is faster or PyTorch has none (softcap, sinks, other
+normalisers): it does not visit blocks that the mask hides, so that a local mask costs what it shows.
 """
 
 from __future__ import annotations
@@ -14,36 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Padding, Refusal, SlidingWindow
+from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.implementation import defined, generated, plainly
+from rewriter.site import AttentionSite, Causal, Chunked, Dense, Full, Mask, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    site: AttentionSite,
-    config: Config,
-) -> Tensor:
-    """Algorithm 1 with blocks of 64 keys: (B, H, Sq, Dv). A query that sees no key gives zeros."""
-    groups, (q_len, kv_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    seen = site.mask.visible(q_len, kv_len, query.device).expand(query.shape[0], 1, -1, -1)
-    seen = seen if padding is None else seen & padding[:, None, None, :]
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, float("-inf"))
-    if mask is not None:
-        bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    m = query.new_full((*query.shape[:3], 1), torch.finfo(query.dtype).min)
-    total, o = torch.zeros_like(m), torch.zeros_like(m)
-    for block in torch.arange(kv_len, device=query.device).split(64):
-        k, v = (t[:, :, block].repeat_interleave(groups, 1) for t in (key, value))
-        s = site.scale * query @ k.transpose(-2, -1) + bias[..., block]
-        larger = torch.maximum(m, s.amax(-1, keepdim=True))
-        kept, p = (m - larger).exp(), (s - larger).exp()
-        m, total, o = larger, kept * total + p.sum(-1, keepdim=True), kept * o + p @ v
-    return o / total.masked_fill(total == 0, 1.0)
+def formula(site: AttentionSite, config: Config) -> Formula:
+    """All that the site says of its scores."""
+    return of_site(site)
 
 
 def attend(
@@ -93,9 +75,11 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
     return ({},)
 
 
-def build(site: AttentionSite, config: Config) -> Implementation:
-    """`torch.nn.functional.scaled_dot_product_attention`."""
-    return partial(attend, scale=site.scale, positional=site.mask.positional)
+def plain(site: AttentionSite, config: Config) -> Implementation:
+    """`torch.nn.functional.scaled_dot_product_attention`, or the mathematics of what that does not compute."""
+    if site.elements <= {"bias"}:
+        return partial(attend, scale=site.scale, positional=site.mask.positional)
+    return plainly(formula)(site, config)
 
 
 _SITE = AttentionSite(
@@ -107,10 +91,11 @@ VARIANT = Variant(
     name="sdpa",
     paper="arXiv:2205.14135, algorithm 1",
     fidelity="exact",
-    reference=reference,
+    reference=defined(formula),
     applies=applies,
     configs=configs,
-    build=build,
+    build=generated(formula, plain),
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16")),
@@ -122,7 +107,12 @@ VARIANT = Variant(
         Case(site=replace(_SITE, mask=Causal() & SlidingWindow(20, 0))),
         Case(site=replace(_SITE, mask=Dense())),
         Case(site=replace(_SITE, bias="dense")),
+        Case(site=replace(_SITE, mask=Causal() & Chunked(32))),
+        Case(site=replace(_SITE, softcap=5.0)),
+        Case(site=replace(_SITE, sink="learned")),
+        Case(site=replace(_SITE, normaliser="sigmoid")),
+        Case(site=replace(_SITE, normaliser="relu", mask=Full())),
     ],
-    near_misses=[replace(_SITE, dropout_p=0.1), replace(_SITE, softcap=5.0), replace(_SITE, sink="learned")],
-    elements=frozenset({"bias"}),
+    near_misses=[replace(_SITE, dropout_p=0.1)],
+    elements=frozenset({"bias", "softcap", "sink", "sigmoid", "relu"}),
 )

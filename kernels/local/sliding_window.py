@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow, ages
+from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.implementation import defined, generated
+from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
 
@@ -29,25 +32,16 @@ _ALIGN = 32  # products over ragged lengths are 10% slower
 _TOGETHER = 8  # blocks in one call: as fast on an idle core, and far fewer meetings of threads
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    site: AttentionSite,
-    config: Config,
-) -> Tensor:
-    """The definition with the whole matrix of scores: (B, H, Sq, Dv). A query that sees no key gives zeros."""
-    groups, (q_len, kv_len) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
-    age, position = ages(q_len, kv_len, query.device), torch.arange(kv_len, device=query.device)
-    near = (age.abs() < int(config["window"])) | (position < int(config["sinks"]))
-    seen = (near & site.mask.visible(q_len, kv_len, query.device))[None, None]
-    if padding is not None:
-        seen = seen & padding[:, None, None, :]
-    scores = site.scale * query @ key.repeat_interleave(groups, 1).transpose(-2, -1)
-    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
-    return weights @ value.repeat_interleave(groups, 1)
+def near(i: Any, j: Any, window: int, sinks: int) -> Any:
+    """The keys at less than `window` from the query, and the first ones."""
+    return ((i - j).abs() < window) | (j < sinks)
+
+
+def formula(site: AttentionSite, config: Config) -> Formula:
+    """The site's own, with fewer keys."""
+    own = of_site(site)
+    numbers = {**own.numbers, "window": int(config["window"]), "sinks": int(config["sinks"])}
+    return replace(own, masks=(*own.masks, near), numbers=numbers)
 
 
 def attend(
@@ -150,7 +144,7 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
     return [{"window": w, "sinks": 4} for w in _WINDOWS if site.kv_len is None or 2 * w < site.kv_len]
 
 
-def build(site: AttentionSite, config: Config) -> Implementation:
+def gathered(site: AttentionSite, config: Config) -> Implementation:
     """The block loop, in plain PyTorch."""
     window, sinks = int(config["window"]), int(config["sinks"])
     return partial(attend, scale=site.scale, causal=site.mask.positional == Causal(), window=window, sinks=sinks)
@@ -166,10 +160,11 @@ VARIANT = Variant(
     name="sliding_window",
     paper="arXiv:2309.17453, section 3.2",
     fidelity="approximate",
-    reference=reference,
+    reference=defined(formula),
     applies=applies,
     configs=configs,
-    build=build,
+    build=generated(formula, gathered),
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16", q_len=257, kv_len=257), configs=[_SMALL]),

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rewriter.bench.detect import Measured
+from rewriter.bench.kernels import Row
 
 COLUMNS = (
     "library",
@@ -86,22 +87,32 @@ def reasons(results: Iterable[Measured], most: int = 3) -> list[tuple[str, int]]
     return total.most_common(most)
 
 
+def as_markdown(columns: Sequence[str], lines: Iterable[Sequence[str]], *below: str) -> str:
+    """A table whose first column is text, and what stands below it."""
+    numeric = ["---", *["---:"] * (len(columns) - 1)]
+    table = [f"| {' | '.join(cells)} |" for cells in (columns, numeric, *lines)]
+    return "\n".join([*table, "", *filter(None, below)])
+
+
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], legend: str, console: Console) -> None:
+    """The same for a terminal."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in lines:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(f"\n[dim]{escape(legend)}[/]", highlight=False)
+
+
 def markdown(results: Sequence[Measured]) -> str:
     """The table, its legend and the sentence on overhead."""
-    numeric = ["---", *["---:"] * (len(COLUMNS) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, numeric, *rows(results))]
-    return "\n".join([*lines, "", LEGEND, *filter(None, [overhead(results)])])
+    return as_markdown(COLUMNS, rows(results), LEGEND, overhead(results))
 
 
 def print_results(results: Sequence[Measured], console: Console) -> None:
     """The table and all that is not as it should be."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*map(escape, row))
-    console.print(table)
-    console.print(f"\n[dim]{escape(LEGEND)}[/]", highlight=False)
+    print_table(COLUMNS, rows(results), LEGEND, console)
     if sentence := overhead(results):
         console.print(f"\n{sentence}", highlight=False)
     for library in dict.fromkeys(each.library for each in results):
@@ -125,3 +136,37 @@ def _troubles(results: Sequence[Measured]) -> dict[str, list[str]]:
         "changed": [f"{each.name} ({each.change:.3g} times the tolerance)" for each in results if each.changed],
         "failed": [f"{each.name} ({each.problem})" for each in results if each.problem],
     }
+
+
+KERNEL_COLUMNS = ("case", "tokens", "type", "implementation", "ms", "faster", "ideal", "MiB")
+KERNEL_LEGEND = (
+    "1 sequence, 8 heads of 64. ms: median. faster: the median of the ratios to the first of its case, round by round. "
+    "ideal: what the kept share of the scores allows. MiB: peak of the process beyond what it held before the call."
+)
+
+
+def kernel_rows(measured: Iterable[Row]) -> list[tuple[str, ...]]:
+    """One for each implementation."""
+    return [
+        (
+            row.case,
+            f"{row.tokens:,}",
+            row.dtype,
+            row.implementation,
+            f"{row.milliseconds:.1f}",
+            f"{row.faster:.2f}x",
+            f"{row.ideal:.1f}x" if row.ideal else "",
+            f"{row.memory:.1f}" if row.memory is not None else "",
+        )
+        for row in measured
+    ]
+
+
+def kernels_markdown(measured: Iterable[Row]) -> str:
+    """The table of the kernels' bench."""
+    return as_markdown(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND)
+
+
+def print_kernels(measured: Iterable[Row], console: Console) -> None:
+    """The same for a terminal."""
+    print_table(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND, console)

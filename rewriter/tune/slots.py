@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.backend import GraphRewriter
-from rewriter.canonical import SizeOf
+from rewriter.canonical import SizeOf, run
 from rewriter.capture import Graph
 from rewriter.lower import clean
 from rewriter.raising import Match, Operands, Raised, raise_sites
-from rewriter.region import Region, run
+from rewriter.region import Region
 from rewriter.select import fits
 from rewriter.site import AttentionSite
 from rewriter.variant import Implementation

@@ -1,0 +1,73 @@
+"""`rewriter bench detect | kernels`: the library measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rewriter.errors import GuardError, OptionError
+from rewriter.terminal import JSON, Document, progress, stdout
+
+bench = typer.Typer(help="Measure the library itself.", no_args_is_help=True)
+
+
+@bench.command("detect")
+def bench_detect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Python whose `entries()` yields models with sites.")],
+    library: Annotated[str | None, typer.Option(help="Only the models of this one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, evenly over the list.")] = None,
+    inductor: Annotated[bool, typer.Option(help="Also what PyTorch Inductor recognises.")] = True,
+    overhead: Annotated[int, typer.Option(min=0, help="Compare so many with a cold torch.compile, which is slow.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.")] = 150.0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Count the attentions found in models with a known number of them."""
+    from rewriter.bench import tables
+    from rewriter.bench.detect import Options, chosen, serve
+    from rewriter.bench.isolated import stream
+
+    options = Options(library=library, limit=limit, inductor=inductor, overhead=overhead, timeout=timeout)
+    total, results = len(chosen(file, options)), []
+    if total == 0:
+        raise OptionError(f"{file} declares no models of {library}")
+    with progress() as advance:
+        advance("measuring", 0, total)
+        for measured in stream(serve, file, options):
+            results.append(measured)
+            advance("measuring", len(results), total)
+    if markdown:
+        print(tables.markdown(results))
+    elif not as_json:
+        tables.print_results(results, stdout())
+    changed = [measured.name for measured in results if measured.changed]
+    if changed and not as_json:  # the document says so itself
+        raise GuardError(f"an exact rewrite changed the outputs of {', '.join(changed)}")
+    return {"results": [measured.to_json() for measured in results], "changed": changed}
+
+
+@bench.command("kernels")
+def bench_kernels(
+    tokens: Annotated[int, typer.Option(min=512, help="Of the local window; the other cases go with it.")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all run in turn.")] = 7,
+    flex: Annotated[bool, typer.Option(help="Also flex_attention, which takes half a minute to compile.")] = True,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Time generated kernels on this CPU beside PyTorch's own."""
+    from rewriter.bench import tables
+    from rewriter.bench.kernels import measured
+
+    rows: list[Any] = []
+    with progress() as advance:
+        advance("measuring", 0, None)
+        for row in measured(tokens=tokens, repeats=repeats, flex=flex):
+            rows.append(row)
+            advance("measuring", len(rows), None)
+    if markdown:
+        print(tables.kernels_markdown(rows))
+    elif not as_json:
+        tables.print_kernels(rows, stdout())
+    return {"rows": [row.to_json() for row in rows]}

@@ -1,0 +1,185 @@
+"""Generated kernels on this CPU beside what torch has: time in alternation, peak memory, and the ideal."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.codegen import cpp
+from rewriter.codegen.formula import Formula, of_mask
+from rewriter.errors import RewriterError
+from rewriter.guard import error, tolerance
+from rewriter.site import AttentionSite, Causal, Refusal, SlidingWindow
+from rewriter.tune.measure import alternate
+from rewriter.variant import variants
+
+HEADS, WIDTH, WINDOW = 8, 64, 256
+_BLOCK = 64
+"""Of the random block-sparse mask: what one element of its table stands for."""
+
+Runs = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation in one case: the median of its milliseconds, of the ratios to the first one in the same round,
+    the largest ratio that the kept share of the scores allows, and its peak memory beyond inputs in MiB.
+    """
+
+    case: str
+    tokens: int
+    dtype: str
+    implementation: str
+    milliseconds: float
+    faster: float
+    ideal: float | None
+    memory: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measured(*, tokens: int = 4096, repeats: int = 7, flex: bool = True) -> Iterator[Row]:
+    """Every case, the reference of each first. Nothing is timed before its result agrees with the reference's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _timed("window of 256, causal", tokens, dtype, repeats, _window(tokens, dtype, flex), None)
+        for sparse in (2 * tokens, 4 * tokens):
+            runs, kept = _block_sparse(sparse, dtype)
+            yield from _timed("10% of blocks", sparse, dtype, max(3, repeats // 2), runs, 1 / kept)
+        for dense in (tokens // 8, tokens // 2, tokens):
+            yield from _timed("dense, causal", dense, dtype, repeats, _dense(dense, dtype), None)
+
+
+def _operands(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, HEADS, tokens, WIDTH, generator=generator).to(dtype) for _ in range(3))
+    return query, key, value
+
+
+def _site(tokens: int, dtype: torch.dtype, mask: Any) -> AttentionSite:
+    return AttentionSite(
+        path="bench", heads=HEADS, kv_heads=HEADS, head_dim=WIDTH, v_head_dim=WIDTH, dtype=str(dtype)[6:],
+        scale=WIDTH**-0.5, mask=mask, batch=1, q_len=tokens, kv_len=tokens,
+    )  # fmt: skip
+
+
+def native(formula: Formula, query: Tensor, key: Tensor, value: Tensor, **tensors: Tensor) -> Callable[[], Tensor]:
+    """A call of the generated C++, whose last queries agree with the definition. Raises `RewriterError` otherwise."""
+    made = cpp.attention(formula, query, value, tensors)
+    if isinstance(made, Refusal):
+        raise RewriterError(str(made))
+    scale = query.shape[3] ** -0.5
+    with torch.no_grad():
+        expected = formula.reference(query[:, :, -_BLOCK:].double(), key.double(), value.double(), scale, **tensors)
+        difference = error(made(query, key, value, scale, **tensors)[:, :, -_BLOCK:].double(), expected)
+    if not difference <= tolerance(query.dtype):
+        raise RewriterError(f"the generated code differs from its definition by {difference:.2g}")
+    return lambda: made(query, key, value, scale, **tensors)
+
+
+def _window(tokens: int, dtype: torch.dtype, flex: bool) -> Runs:
+    query, key, value = _operands(tokens, dtype)
+    variant = variants()["sliding_window"]
+    config = {"window": WINDOW, "sinks": 0}
+    gather: Any = variant.build(_site(tokens, dtype, Causal()), config)
+    masks, numbers = of_mask(Causal() & SlidingWindow(WINDOW - 1, None))
+    runs: Runs = {
+        "SDPA, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        "SDPA, full": lambda: F.scaled_dot_product_attention(query, key, value),
+        "block gather": lambda: gather.plain(query, key, value, None, None),
+        "generated C++": native(Formula(masks, numbers=numbers), query, key, value),
+    }
+    if flex:
+        runs["flex_attention"] = _flex(query, key, value)
+    return runs
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i >= j) & (i - j < WINDOW)
+
+    mask = create_block_mask(near, None, None, query.shape[2], key.shape[2], device="cpu")
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(query, key, value, block_mask=mask)
+
+
+def _block_sparse(tokens: int, dtype: torch.dtype) -> tuple[Runs, float]:
+    """And the share of the scores that is kept."""
+    query, key, value = _operands(tokens, dtype)
+    blocks = tokens // _BLOCK
+    table = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.1
+    table.fill_diagonal_(True)
+
+    def listed(i: Any, j: Any, table: Any) -> Any:
+        return table[i // _BLOCK, j // _BLOCK]
+
+    runs: Runs = {
+        "SDPA, full": lambda: F.scaled_dot_product_attention(query, key, value),
+        "generated C++": native(Formula((listed,)), query, key, value, table=table),
+    }
+    return runs, float(table.float().mean())
+
+
+def _dense(tokens: int, dtype: torch.dtype) -> Runs:
+    query, key, value = _operands(tokens, dtype)
+    fused = variants()["sdpa"].build(_site(tokens, dtype, Causal()), {})
+    return {
+        "SDPA, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
+        "sdpa, as chosen": lambda: fused(query, key, value, None, None),
+    }
+
+
+def _timed(case: str, tokens: int, dtype: torch.dtype, repeats: int, runs: Runs, ideal: float | None) -> Iterator[Row]:
+    names = list(runs)
+    with torch.no_grad():
+        _check(case, runs, dtype)
+        times = alternate(list(runs.values()), repeats=repeats)
+        memory = [peak_memory(run) for run in runs.values()]
+    for name, taken, peak in zip(names, times, memory, strict=True):
+        ratio = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
+        yield Row(
+            case, tokens, str(dtype)[6:], name, statistics.median(taken) * 1e3, ratio,
+            ideal if name == "generated C++" else None, peak,
+        )  # fmt: skip
+
+
+def _check(case: str, runs: Runs, dtype: torch.dtype) -> None:
+    """Those that compute the same must agree before any is timed: all local ones, and all dense ones. Of block-sparse
+    ones there is one, which agrees with its definition (`native`).
+    """
+    local = [run for name, run in runs.items() if not name.startswith("SDPA") or case.startswith("dense")]
+    first = local[0]()
+    for other in local[1:]:
+        if not error(other(), first) <= 2 * tolerance(dtype):
+            raise RewriterError(f"{case}: two implementations disagree by {error(other(), first):.2g}")
+
+
+def peak_memory(function: Callable[[], Any]) -> float | None:
+    """MiB of the process at the worst moment of a call beyond what it held before; None where the system does not say.
+
+    Of the whole process, since the allocations of generated code are not torch's.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return None
+    function()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is given back first
+    reset.write_text("5")
+    before = _kib(status, "VmRSS")
+    function()
+    return max(_kib(status, "VmHWM") - before, 0) / 1024
+
+
+def _kib(status: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))

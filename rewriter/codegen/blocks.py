@@ -1,0 +1,155 @@
+"""Which blocks of keys a block of queries has to visit, from the mask's expression alone.
+
+The expression is evaluated on intervals: of each pair of blocks, the smallest and the largest value that each of its
+parts can have. Where the mask can only be False the block is skipped, where it can only be True it needs no mask; what
+intervals cannot decide is visited with the mask, so a coarse answer costs time and never exactness. The work is
+O(blocks^2) on vectors, and what is stored are runs of blocks: linear in the length for windows and causal masks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.codegen.expression import Expression, kinds_of
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.intervals import Interval, interval
+
+_MOST_PAIRS = 1 << 22
+"""So many pairs of blocks are looked at together."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of key blocks. `first` is int32 (Bm, Hm, Nq + 1), where Bm and Hm are 1 if the mask is the same for all:
+    query block m of one (b, h) visits `runs[first[b, h, m] : first[b, h, m + 1]]`, int32 (n, 3): the first block, one
+    past the last, and 1 where the mask has to be asked, else 0.
+    """
+
+    first: Tensor
+    runs: Tensor
+
+    def to(self, device: torch.device) -> Runs:
+        """The same on another device."""
+        return Runs(self.first.to(device), self.runs.to(device))
+
+    @property
+    def visited(self) -> int:
+        """How many pairs of blocks are visited."""
+        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+
+
+def runs_of(
+    mask: Expression | None,
+    *,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    tensors: Mapping[str, Tensor] | None = None,
+    transposed: bool = False,
+) -> Runs:
+    """The runs for these sizes. With `transposed`: for each block of keys, the blocks of queries that visit it. In a
+    block that is not whole the mask has to be asked.
+    """
+    q_blocks, k_blocks = -(-q_len // block_m), -(-kv_len // block_n)
+
+    def listed(state: Tensor) -> Runs:
+        if kv_len % block_n:
+            state[..., -1] = state[..., -1].clamp(max=1)
+        if transposed and q_len % block_m:
+            state[..., -1, :] = state[..., -1, :].clamp(max=1)
+        return _runs(state.mT if transposed else state)
+
+    if mask is None:
+        return listed(torch.full((1, 1, q_blocks, k_blocks), 2, dtype=torch.int8))
+    known = {name: tensor.cpu() for name, tensor in (tensors or {}).items()}
+    rows = max(_MOST_PAIRS // max(k_blocks, 1), 1)
+    parts = []
+    for start in range(0, q_blocks, rows):
+        m = torch.arange(start, min(start + rows, q_blocks))[:, None] * block_m
+        n = torch.arange(k_blocks) * block_n
+        last = (m + block_m).clamp(max=q_len) - 1
+        past = kv_len - q_len
+        given: dict[str, Interval] = {
+            "row": (m, last),
+            "i": (m + past, last + past),
+            "j": (n, (n + block_n).clamp(max=kv_len) - 1),
+            "b": (torch.arange(batch).view(-1, 1, 1, 1),) * 2,
+            "h": (torch.arange(heads).view(1, -1, 1, 1),) * 2,
+        }
+        sure, possible = (torch.as_tensor(each) for each in interval(mask, given, known))
+        state = sure.to(torch.int8) + possible.to(torch.int8)
+        shape = (*(1,) * (4 - state.dim()), *state.shape)
+        parts.append(state.view(shape).expand(*shape[:2], len(m), k_blocks))
+    return listed(torch.cat(parts, 2))
+
+
+def _runs(state: Tensor) -> Runs:
+    """From int8 (Bm, Hm, rows, columns): 0 skipped, 1 with the mask, 2 without."""
+    before, after = torch.zeros_like(state), torch.zeros_like(state)
+    before[..., 1:], after[..., :-1] = state[..., :-1], state[..., 1:]
+    begins = (state > 0) & (state != before)
+    ends = (state > 0) & (state != after)
+    counts = begins.sum(-1)
+    offsets = counts.flatten().cumsum(0)
+    first = torch.cat([offsets.new_zeros(1), offsets])
+    per_row = counts.shape[-1]
+    starts = first[:-1].view(counts.shape)
+    rows = torch.cat([starts, first[per_row::per_row].view(*counts.shape[:-1], 1)], -1)
+    where = begins.nonzero(as_tuple=True)
+    runs = torch.stack([where[-1], ends.nonzero(as_tuple=True)[-1] + 1, (state[where] == 1).long()], -1)
+    return Runs(rows.to(torch.int32), runs.to(torch.int32).contiguous())
+
+
+class Lists:
+    """The runs of a formula's mask, remembered for each size while the tensors that it reads are the same."""
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula = formula
+        self._known: dict[Any, tuple[tuple[weakref.ref[Tensor], ...], Runs]] = {}
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        tensors: Mapping[str, Tensor],
+        block_m: int,
+        block_n: int,
+        *,
+        transposed: bool = False,
+    ) -> Runs:
+        """Those of a call, on its device."""
+        mask = self.formula.expressions(kinds_of(tensors))[0]
+        read = [tensors[name] for name in (mask.captured if mask else ())]
+        (batch, heads, q_len), kv_len = query.shape[:3], key.shape[2]
+        sizes = {
+            "batch": batch,
+            "heads": heads,
+            "q_len": q_len,
+            "kv_len": kv_len,
+            "block_m": block_m,
+            "block_n": block_n,
+        }
+        place = (*sizes.values(), transposed, query.device, *((id(t), t._version) for t in read))
+        held, found = self._known.get(place, ((), None))
+        if found is None or any(ref() is not tensor for ref, tensor in zip(held, read, strict=True)):
+            if len(self._known) > 64:
+                self._known.clear()
+            found = runs_of(mask, **sizes, tensors=tensors, transposed=transposed).to(query.device)
+            self._known[place] = tuple(map(weakref.ref, read)), found
+        return found
+
+
+@cache
+def lists_of(formula: Formula) -> Lists:
+    """The lists of a formula, which all layers share."""
+    return Lists(formula)

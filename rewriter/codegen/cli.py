@@ -1,0 +1,163 @@
+"""`rewriter kernels show | compile | defaults`: generated source, and what it becomes on machines that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from rewriter.errors import OptionError
+from rewriter.terminal import JSON, Document, progress, stdout
+
+kernels = typer.Typer(help="Look at the kernels that are generated.", no_args_is_help=True)
+
+VARIANT = Annotated[str, typer.Option(help="A variant with a formula; see `rewriter variants`.")]
+HEAD_DIM = Annotated[int, typer.Option(min=1, max=256, help="Head size of queries and keys.")]
+V_HEAD_DIM = Annotated[int | None, typer.Option(min=1, max=256, help="Head size of values; without it the same.")]
+DTYPE = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+MASK = Annotated[str, typer.Option(help="The mask of the site, as `rewriter explain` prints it.")]
+CONFIG = Annotated[list[str] | None, typer.Option(help="A setting of the variant, as window=256; may be repeated.")]
+BLOCKS = Annotated[str | None, typer.Option(help="block_m,block_n,warps,stages; without it those that are shipped.")]
+
+
+@kernels.command("show")
+def show(
+    variant: VARIANT,
+    target: Annotated[str, typer.Option(help="cpu for the C++ source, or a GPU such as sm_90.")] = "sm_90",
+    head_dim: HEAD_DIM = 64,
+    v_head_dim: V_HEAD_DIM = None,
+    dtype: DTYPE = "bfloat16",
+    mask: MASK = "causal(0)",
+    config: CONFIG = None,
+    blocks: BLOCKS = None,
+) -> Document:
+    """Print the source that is generated for a variant at a site."""
+    from rewriter.codegen import cpp, native
+    from rewriter.codegen.fragments import source
+
+    formula, sizes = _formula(variant, head_dim, v_head_dim, dtype, mask, config)
+    if target == "cpu":
+        text = native.source(cpp.spec_of(formula, **sizes))
+    else:
+        text = source(formula, _blocks(blocks, target, "forward", head_dim), **sizes, kinds={})
+    print(text)
+    return {"source": text}
+
+
+@kernels.command("compile")
+def compile_(
+    variant: VARIANT,
+    target: Annotated[str, typer.Option(help="GPUs, separated by commas.")] = "sm_80,sm_90,sm_100,gfx942",
+    head_dim: HEAD_DIM = 64,
+    v_head_dim: V_HEAD_DIM = None,
+    dtype: DTYPE = "bfloat16",
+    mask: MASK = "causal(0)",
+    config: CONFIG = None,
+    blocks: BLOCKS = None,
+    as_json: JSON = False,
+) -> Document:
+    """Compile a variant's kernels ahead of time, without the hardware, and say what is in the binaries."""
+    from rewriter.codegen.compiled import KERNELS, binaries
+
+    formula, sizes = _formula(variant, head_dim, v_head_dim, dtype, mask, config)
+    found: list[Any] = []
+    names = [name.strip() for name in target.split(",")]
+    with progress() as advance:
+        for name in names:
+            for kernel in KERNELS:
+                advance("compiling", len(found), len(names) * len(KERNELS))
+                chosen = _blocks(blocks, name, kernel, head_dim)
+                found += binaries(formula, chosen, name, **sizes, kernels=(kernel,))
+    if not as_json:
+        _print([{"kernel": each.kernel, **each.row()} for each in found])
+    return {"kernels": [each.to_json() for each in found]}
+
+
+@kernels.command("defaults")
+def defaults(
+    target: Annotated[str, typer.Option(help="GPUs, separated by commas.")] = "sm_80,sm_90,sm_100,gfx942",
+    sizes: Annotated[str, typer.Option(help="Head sizes, separated by commas.")] = "32,64,128,256",
+    as_json: JSON = False,
+) -> Document:
+    """Compile every candidate config and rank them by spills and instructions: the table of shipped defaults."""
+    from rewriter.codegen.configs import ranked
+
+    table: dict[str, Any] = {}
+    with progress() as advance:
+        for name, kernel, size, best in ranked(target.split(","), [int(each) for each in sizes.split(",")]):
+            advance(f"{name} {kernel} {size}", 0, None)
+            config = asdict(best)
+            config.pop("splits")
+            table.setdefault(name, {}).setdefault(kernel, {})[size] = tuple(config.values())
+    if not as_json:
+        stdout().print(table)
+    return {"defaults": table}
+
+
+def _formula(
+    variant: str, head_dim: int, v_head_dim: int | None, dtype: str, mask: str, config: list[str] | None
+) -> tuple[Any, dict[str, Any]]:
+    """The formula at a site with these facts, and what a source wants to know beside it."""
+    import torch
+
+    from rewriter.site import AttentionSite, Mask
+    from rewriter.target import Target
+    from rewriter.variant import variants
+
+    known = {name: each for name, each in variants().items() if each.formula is not None}
+    if variant not in known:
+        raise OptionError(f"there is no variant {variant!r} with a formula: choose among {', '.join(known)}")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise OptionError(f"{dtype!r} is none of float32, float16, bfloat16")
+    try:
+        parsed = Mask.parse(mask)
+    except ValueError as cause:
+        raise OptionError(str(cause)) from cause
+    width = v_head_dim or head_dim
+    site = AttentionSite(
+        path="",
+        heads=8,
+        kv_heads=8,
+        head_dim=head_dim,
+        v_head_dim=width,
+        dtype=dtype,
+        scale=head_dim**-0.5,
+        mask=parsed,
+    )
+    chosen = known[variant]
+    refusal = chosen.takes(site, Target.current())
+    if not refusal:
+        raise OptionError(f"{variant} does not apply: {refusal}")
+    settings = dict(next(iter(chosen.configs(site, Target.current()))))
+    for word in config or []:
+        name, _, value = word.partition("=")
+        if name not in settings:
+            raise OptionError(f"{variant} has no setting {name!r}: {', '.join(settings) or 'it has none'}")
+        settings[name] = type(settings[name])(value)
+    assert chosen.formula is not None
+    sizes = {"head_dim": head_dim, "v_head_dim": width, "dtype": getattr(torch, dtype)}
+    return chosen.formula(site, settings), sizes
+
+
+def _blocks(text: str | None, target: str, kernel: str, head_dim: int) -> Any:
+    from rewriter.codegen.configs import default
+    from rewriter.codegen.fragments import Blocks
+
+    if text is None:
+        return default(target, kernel, head_dim)
+    try:
+        return Blocks(*map(int, text.split(",")))
+    except (TypeError, ValueError) as cause:
+        raise OptionError(f"{text!r} is not block_m,block_n,warps,stages") from cause
+
+
+def _print(rows: list[dict[str, str]]) -> None:
+    """One table a kernel and target would be wide: facts stand below each other."""
+    from rich.table import Table
+
+    for row in rows:
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for name, value in row.items():
+            table.add_row(name, value)
+        stdout().print(table, "")

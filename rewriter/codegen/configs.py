@@ -1,0 +1,120 @@
+"""Configs of generated kernels: what fits on a target, what is shipped for it, and how candidates are ranked unseen."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from rewriter.codegen.ahead import SHARED_KIB, Binary, CompileError, parse_target
+from rewriter.codegen.compiled import KERNELS, binaries
+from rewriter.codegen.formula import Formula, of_mask
+from rewriter.codegen.fragments import Blocks
+from rewriter.errors import OptionError
+from rewriter.site import Causal, SlidingWindow
+
+_REGISTERS = 255
+"""Of a thread."""
+_BLOCKS = (32, 64, 128)
+
+# (block_m, block_n, warps, stages) by target, kernel and head size. For sm_80 and sm_90 and the first two kernels of
+# sm_100: of all candidates without spills the one with the fewest instructions a score in its main loop (`rank`),
+# compiled ahead in bfloat16 for a causal window (`rewriter kernels defaults`). The others: the first tried without
+# spills. Nothing here was timed.
+DEFAULTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
+    "sm_80": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 4, 2)},
+        "backward_keys": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "backward_queries": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
+    },
+    "sm_90": {
+        "forward": {128: (128, 128, 8, 2), 256: (128, 32, 8, 3)},
+        "backward_keys": {32: (128, 64, 4, 2), 64: (32, 128, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "backward_queries": {32: (128, 128, 8, 2), 64: (128, 128, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+    },
+    "sm_100": {
+        "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "backward_keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
+        "backward_queries": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    },
+    "gfx942": {
+        "forward": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+        "backward_keys": {64: (64, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
+        "backward_queries": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 2)},
+    },
+}
+
+
+def default(target: str, kernel: str, head_dim: int) -> Blocks:
+    """The shipped config for the nearest size at or above this one."""
+    family = DEFAULTS.get(target) or DEFAULTS["gfx942" if target.startswith("gfx") else "sm_80"]
+    sizes = family[kernel]
+    size = next((size for size in sorted(sizes) if size >= head_dim), max(sizes))
+    return Blocks(*sizes[size])
+
+
+def candidates(
+    target: str, kernel: str, *, head_dim: int, v_head_dim: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> list[Blocks]:
+    """What the limits of the target leave, before anything is compiled: estimates of registers and shared memory."""
+    if target not in SHARED_KIB:
+        raise OptionError(f"the limits of {target} are not known, only those of {', '.join(SHARED_KIB)}")
+    found = []
+    for block_m, block_n, num_warps, num_stages in itertools.product(_BLOCKS, _BLOCKS, (4, 8), (2, 3)):
+        blocks = Blocks(block_m, block_n, num_warps, num_stages)
+        registers, shared = estimated(blocks, target, kernel, head_dim, v_head_dim or head_dim, dtype)
+        if registers <= _REGISTERS and shared <= SHARED_KIB[target] * 1024 and block_m * block_n >= 1024:
+            found.append(blocks)
+    return found
+
+
+def estimated(
+    blocks: Blocks, target: str, kernel: str, head_dim: int, v_head_dim: int, dtype: torch.dtype
+) -> tuple[float, int]:
+    """Registers of a thread and bytes of shared memory of a block, from what has to be held: accumulators and scores in
+    registers, tiles of the pipeline in shared memory.
+    """
+    d, e, m, n = head_dim, v_head_dim, blocks.block_m, blocks.block_n
+    threads = blocks.num_warps * parse_target(target).warp_size
+    scores = m * n
+    held, moved = {
+        "forward": (m * e + scores, n * (d + e)),
+        "backward_keys": (n * (d + e) + 2 * scores, m * (d + e)),
+        "backward_queries": (m * d + 2 * scores, n * (d + e)),
+    }[kernel]
+    return held / threads, blocks.num_stages * moved * dtype.itemsize
+
+
+def rank(binary: Binary, blocks: Blocks) -> tuple[int, float]:
+    """Smaller is better where nothing can be timed: bytes of spills, then instructions of all warps for one score."""
+    loop = binary.loop
+    assert loop is not None
+    return binary.spills, loop.instructions * blocks.num_warps / (blocks.block_m * blocks.block_n)
+
+
+def best(
+    ranked: list[tuple[Binary, Blocks]],
+) -> Blocks:
+    """The first of the ranking; of equals the one with fewer stages, which leaves memory to other blocks."""
+    return min(ranked, key=lambda pair: (*rank(*pair), pair[1].num_stages))[1]
+
+
+def ranked(targets: Iterable[str], sizes: Iterable[int]) -> Iterator[tuple[str, str, int, Blocks]]:
+    """(target, kernel, head size, best config), each candidate compiled ahead for a causal window in bfloat16."""
+    masks, numbers = of_mask(Causal() & SlidingWindow(255, None))
+    formula = Formula(masks, numbers=numbers)
+    for target, kernel, size in itertools.product(targets, KERNELS, sizes):
+        fitting = []
+        for blocks in candidates(target, kernel, head_dim=size):
+            with contextlib.suppress(CompileError):  # over a limit that the estimate did not see
+                (binary,) = binaries(formula, blocks, target, head_dim=size, kernels=(kernel,))
+                fitting.append((binary, blocks))
+        yield target, kernel, size, best(fitting)
+
+
+def with_splits(blocks: Blocks, programs: int, k_blocks: int, processors: int) -> Blocks:
+    """A decode step has few programs: the keys are cut into as many parts as keep every processor busy twice."""
+    return replace(blocks, splits=max(1, min(2 * processors // max(programs, 1), k_blocks)))

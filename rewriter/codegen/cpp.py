@@ -1,0 +1,97 @@
+"""A formula in C++: the spec of its kernel on a CPU, and the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.codegen.blocks import lists_of
+from rewriter.codegen.dialect import CPP, printed, word
+from rewriter.codegen.expression import Expression, kind_of_type, kinds_of, places, spelled
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.fragments import captured
+from rewriter.codegen.native import Kernel, Spec, load
+from rewriter.errors import OptionError
+from rewriter.site import Refusal
+
+
+def spec_of(
+    formula: Formula,
+    *,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    tensors: Mapping[str, torch.dtype] | None = None,
+) -> Spec:
+    """What the C++ source of a formula is made from; `tensors` are the types of those that a call passes."""
+    known = dict(tensors or {})
+    mask, score = formula.expressions({name: kind_of_type(each) for name, each in known.items()})
+    return Spec(
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        mask=_text(mask) if mask else None,
+        score=_text(score) if score else None,
+        normaliser=formula.normaliser,
+        captures=tuple(
+            (word(name), str(known[name]).removeprefix("torch."), rank) for name, rank in captured(mask, score).items()
+        ),
+    )
+
+
+@cache
+def kernel(formula: Formula, head_dim: int, v_head_dim: int, dtype: torch.dtype, tensors: Any) -> Kernel | Refusal:
+    """The kernel of a formula, built if need be; `tensors` are pairs of name and type."""
+    return load(spec_of(formula, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, tensors=dict(tensors)))
+
+
+def operands(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The captured tensors as a kernel is given them. Raises OptionError where one is read outside of its axes."""
+    lengths = {"b": query.shape[0], "h": query.shape[1], "row": query.shape[2], "i": key.shape[2], "j": key.shape[2]}
+    expressions = formula.expressions(kinds_of(tensors))
+    given: dict[str, Tensor] = {}
+    for node in (n for each in expressions if each for n in each.graph.nodes if spelled(n) == "getitem"):
+        name = str(node.args[0])
+        tensor = given.setdefault(name, tensors[name])
+        index = [str(place) for place in places(node)]
+        for place, size in zip(index, tensor.shape, strict=True):
+            if size not in (1, lengths.get(place, size)):
+                raise OptionError(f"{name} has {size} places along {place}, of which there are {lengths[place]}")
+        if index[-1] in lengths and tensor.shape[-1] == 1:  # neighbours along the last axis are read together
+            given[name] = tensor.expand(*tensor.shape[:-1], lengths[index[-1]]).contiguous()
+    return [given[name] for name in captured(*expressions)]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A formula on the CPU: operands (B, heads, S, .) as a Triton kernel is given them -> (B, H, Sq, Dv)."""
+
+    formula: Formula
+    kernel: Kernel
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, sink: Tensor | None = None, **tensors: Tensor
+    ) -> Tensor:
+        """Scale multiplies q k^T; `tensors` are those that the formula names."""
+        spec = self.kernel.spec
+        runs = lists_of(self.formula)(query, key, tensors, spec.block_m, spec.block_n)
+        captures = operands(self.formula, query, key, tensors)
+        own = None if sink is None else sink.float()
+        return self.kernel(query, key, value, runs.first, runs.runs, scale=scale, sink=own, captures=captures)
+
+
+def attention(formula: Formula, query: Tensor, value: Tensor, tensors: Mapping[str, Tensor]) -> Attention | Refusal:
+    """The formula's kernel for operands like these."""
+    types = tuple((name, tensor.dtype) for name, tensor in tensors.items())
+    made = kernel(formula, query.shape[3], value.shape[3], query.dtype, types)
+    return made if isinstance(made, Refusal) else Attention(formula, made)
+
+
+def _text(expression: Expression) -> str:
+    lines, (result,) = printed(expression.graph, CPP)
+    return f"[&] {{ {' '.join(lines)} return {result}; }}()" if lines else result

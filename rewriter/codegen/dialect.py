@@ -1,0 +1,133 @@
+"""Expressions in the words of a language: Triton's Python, and C++."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from rewriter.codegen.expression import INDICES, Kind, bounds, kind_of, places, spelled
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a language writes an operation: format strings by operation, literals, and the read of a tensor."""
+
+    words: Mapping[str, str]
+    literal: Callable[[Any], str]
+    read: Callable[[str, list[str], Kind], str]
+    assign: Callable[[str, str, Kind], str]
+    operand: Callable[[str, Kind, Kind], str] = lambda text, kind, wanted: text
+
+
+def word(name: str) -> str:
+    """The name of an index, or of a captured tensor, in generated code."""
+    return name if name in INDICES else f"in_{name}"
+
+
+def printed(graph: fx.Graph, dialect: Dialect) -> tuple[list[str], list[str]]:
+    """The lines that compute a graph, and the texts of its results."""
+    texts: dict[fx.Node, str] = {}
+    lines: list[str] = []
+    read = Counter(source for node in graph.nodes for source in tree_leaves((node.args, node.kwargs)))
+
+    def text(value: Any) -> str:
+        return texts[value] if isinstance(value, fx.Node) else dialect.literal(value)
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            texts[node] = word(str(node.target))
+        elif node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
+            return lines, [text(each) for each in results]
+        else:
+            written = _written(node, dialect, text)
+            if read[node] > 1 and spelled(node) != "constant":
+                name = f"t{len(lines)}"
+                lines.append(dialect.assign(name, written, kind_of(node)))
+                written = name
+            texts[node] = written
+    raise AssertionError("a graph has an output")
+
+
+def _written(node: fx.Node, dialect: Dialect, text: Callable[[Any], str]) -> str:
+    operation = spelled(node)
+    assert operation is not None
+    if operation == "constant":
+        return dialect.literal(node.args[1])
+    if operation == "getitem":
+        return dialect.read(text(node.args[0]), [text(each) for each in places(node)], kind_of(node))
+    if operation == "clamp":
+        low, high = bounds(node)
+        inner = text(node.args[0])
+        inner = dialect.words["maximum"].format(inner, text(low)) if low is not None else inner
+        return dialect.words["minimum"].format(inner, text(high)) if high is not None else inner
+    args = [
+        dialect.operand(text(each), kind_of(each), kind_of(node)) if operation in ("add", "sub", "mul", "div") else
+        text(each)
+        for each in node.args
+    ]  # fmt: skip
+    word = dialect.words.get(f"{operation}:{kind_of(node)}") or dialect.words[operation]
+    return word.format(*args)
+
+
+def _python_literal(value: Any) -> str:
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
+
+
+TRITON = Dialect(
+    words={
+        "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
+        "floordiv": "floor_divided({}, {})", "mod": "remainder({}, {})", "lt": "({} < {})", "le": "({} <= {})",
+        "gt": "({} > {})", "ge": "({} >= {})", "eq": "({} == {})", "ne": "({} != {})", "and": "({} & {})",
+        "or": "({} | {})", "not": "(~{})", "abs": "tl.abs({})", "minimum": "tl.minimum({}, {})",
+        "maximum": "tl.maximum({}, {})", "where": "tl.where({}, {}, {})", "tanh": "hyperbolic_tangent({})",
+        "exp": "tl.exp({})", "sigmoid": "tl.sigmoid({})", "sqrt": "tl.sqrt({})", "log": "tl.log({})",
+        "float": "({}).to(tl.float32)",
+    },
+    literal=_python_literal,
+    read=lambda name, index, kind: _triton_read(name, index, kind),
+    assign=lambda name, text, kind: f"{name} = {text}",
+)  # fmt: skip
+
+
+def _triton_read(name: str, index: list[str], kind: Kind) -> str:
+    # An index outside of the tensor is moved to its edge: scores that are hidden are computed too.
+    steps = [f"inside({each}, {name}_n{axis}) * {name}_s{axis}" for axis, each in enumerate(index)]
+    load = f"tl.load({' + '.join([name, *steps])})"
+    return f"({load} != 0)" if kind == "bool" else f"{load}.to(tl.float32)" if kind == "float" else load
+
+
+CPP = Dialect(
+    words={
+        **{name: word for name, word in TRITON.words.items() if name not in ("and", "or", "not")},
+        "and": "({} & {})", "or": "({} | {})", "not": "(!{})", "where": "({} ? {} : {})", "abs": "abs({})",
+        "abs:int": "std::abs({})", "minimum": "std::min<float>({}, {})", "minimum:int": "std::min<int64_t>({}, {})",
+        "maximum": "std::max<float>({}, {})", "maximum:int": "std::max<int64_t>({}, {})", "tanh": "tanh({})",
+        "exp": "exp({})", "sigmoid": "sigmoid({})", "sqrt": "std::sqrt({})", "log": "std::log({})",
+        "float": "static_cast<float>({})",
+    },
+    literal=lambda value: _cpp_literal(value),
+    read=lambda name, index, kind: _cpp_read(name, index),
+    assign=lambda name, text, kind: f"const auto {name} = {text};",
+    operand=lambda text, kind, wanted: f"static_cast<float>({text})" if kind != wanted == "float" else text,
+)  # fmt: skip
+
+
+def _cpp_read(name: str, index: list[str]) -> str:
+    # A plain index is inside of its axis, which has its length or 1.
+    moved = [each if each in INDICES else f"inside({each}, c.{name}_sizes[{axis}])" for axis, each in enumerate(index)]
+    return f"{name}({', '.join(moved)})"
+
+
+def _cpp_literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"int64_t({value})"
+    return "INFINITY" if value == math.inf else "-INFINITY" if value == -math.inf else f"{value!r}f"

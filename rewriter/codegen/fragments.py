@@ -1,0 +1,147 @@
+"""The Triton source of the softmax family: the template, with what a formula does printed into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.codegen.derivative import derivatives
+from rewriter.codegen.dialect import TRITON, printed, word
+from rewriter.codegen.expression import Expression, Kind, places
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.source import interpreted, rendered
+from rewriter.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The config of a kernel: queries and keys in a block, warps, stages of the pipeline, and into how many parts the
+    keys of a decode step are cut.
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        check_powers(self, block_m=16, block_n=16, num_warps=1)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def check_powers(config: Any, **least: int) -> None:
+    """Raises OptionError where one of these settings is no power of two, or below its least value."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value < bound or value & (value - 1):
+            raise OptionError(f"{name} is {value}; it must be a power of two, and at least {bound}")
+
+
+def source(
+    formula: Formula,
+    blocks: Blocks,
+    *,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    kinds: Mapping[str, Kind],
+    gradients: tuple[str, ...] = (),
+    backward: bool = True,
+    jvp: bool = False,
+    packed: bool = False,
+) -> str:
+    """The Triton source of a formula. `gradients` names the captured tensors that are learned; `packed` puts the heads
+    that share keys into one block of queries.
+    """
+    mask, score = formula.expressions(kinds)
+    return rendered(
+        "softmax.py.jinja",
+        title=f"{_title(mask, score)}; {head_dim}>{v_head_dim}, {str(dtype).removeprefix('torch.')}, {asdict(blocks)}",
+        normaliser=formula.normaliser,
+        sink=formula.sink,
+        block_m=blocks.block_m,
+        block_n=blocks.block_n,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        block_d=power(head_dim),
+        block_e=power(v_head_dim),
+        precise=dtype == torch.float32,
+        widened=dtype == torch.bfloat16 and interpreted(),
+        packed=packed,
+        backward=backward,
+        jvp=jvp,
+        captured=[(word(name), rank) for name, rank in captured(mask, score).items()],
+        mask=mask and _fragment(mask),
+        score=score and _fragment(score),
+        slopes=score and _slopes(score),
+        gradients=_gradients(score, gradients) if score and backward else [],
+        learned=[(word(name), rank) for name, rank in captured(score).items() if name in gradients],
+    )
+
+
+def captured(*expressions: Expression | None) -> dict[str, int]:
+    """The tensors that are read, in the order in which kernels are given them, with their numbers of axes."""
+    return {name: rank for each in expressions if each for name, (_, rank) in each.captured.items()}
+
+
+def power(width: int) -> int:
+    """The least power of two that holds it, at least 16: what a product of Triton takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _title(mask: Expression | None, score: Expression | None) -> str:
+    return ", ".join(each.name for each in (mask, score) if each) or "every key, plain scores"
+
+
+def _fragment(expression: Expression) -> dict[str, Any]:
+    lines, (result,) = printed(expression.graph, TRITON)
+    return {"name": expression.name, "lines": lines, "result": result}
+
+
+def _slopes(score: Expression) -> dict[str, Any]:
+    lines, results = printed(derivatives(score)[0], TRITON)
+    return {"lines": lines, "results": results}
+
+
+def _gradients(score: Expression, wanted: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Of each read of a wanted tensor: which of the slopes is its own, where it is read, and over which indices the
+    place differs.
+    """
+    found = []
+    for number, node in enumerate(derivatives(score)[1]):
+        if (name := str(node.args[0])) in wanted:
+            lines, index = printed(_places_only(node), TRITON)
+            used = {str(each.target) for each in _above(node) if each.op == "placeholder"}
+            along = ("i" if used & {"i", "row"} else "") + ("j" if "j" in used else "")
+            found.append({"name": word(name), "slope": number + 1, "lines": lines, "index": index, "along": along})
+    return found
+
+
+def _places_only(node: fx.Node) -> fx.Graph:
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    needed = _above(node)
+    for each in node.graph.nodes:
+        if each in needed:
+            copies[each] = graph.node_copy(each, copies.__getitem__)
+    graph.output(tuple(copies[place] if isinstance(place, fx.Node) else place for place in places(node)))
+    return graph
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [place for place in places(node) if isinstance(place, fx.Node)]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += current.all_input_nodes
+    return found

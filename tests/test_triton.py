@@ -1,0 +1,237 @@
+"""The generated Triton kernels against the formula's definition: on a GPU, or in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported (`TRITON_INTERPRET=1`, as `make test` does for this file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, tokens  # noqa: E402
+from rewriter.codegen.fragments import Blocks  # noqa: E402
+from rewriter.codegen.softmax import SoftmaxKernel  # noqa: E402
+from rewriter.errors import OptionError  # noqa: E402
+from rewriter.guard import error, tolerance  # noqa: E402
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = pytest.mark.gpu
+SMALL = Blocks(16, 16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that was never written reads as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def near(i: Any, j: Any, window: int) -> Any:
+    return (i - j < window) & (j <= i)
+
+
+def same_segment(b: Any, i: Any, j: Any, segment: Any) -> Any:
+    return segment[b, i] == segment[b, j]
+
+
+def alibi(s: Any, h: Any, i: Any, j: Any, slopes: Any) -> Any:
+    return s - slopes[h] * (i - j).abs()
+
+
+def relative(s: Any, h: Any, i: Any, j: Any, table: Any) -> Any:
+    return s + table[(i - j).clamp(-3, 3) + 3, h]
+
+
+def gated(s: Any, j: Any, gates: Any) -> Any:
+    return torch.where(j % 2 == 0, s * torch.sigmoid(gates[j]), torch.exp(-s.abs()) + torch.minimum(s, s * 0.5))
+
+
+def compared(
+    formula: Formula,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    q_len: int = 41,
+    kv_len: int = 53,
+    width: int = 16,
+    v_width: int = 16,
+    blocks: Blocks = SMALL,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.3,
+    batch: int = 2,
+    layout: Callable[[Tensor], Tensor] = lambda t: t,
+    sink: Tensor | None = None,
+    **tensors: Tensor,
+) -> None:
+    """The kernel's output and gradients against those of the definition in float64."""
+    shapes = (heads, q_len, width), (kv_heads, kv_len, width), (kv_heads, kv_len, v_width)
+    operands = [layout(torch.randn(batch, *shape, device=DEVICE).to(dtype)).requires_grad_() for shape in shapes]
+    given = {name: t.to(DEVICE).detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    own = sink.to(DEVICE).requires_grad_() if sink is not None else None
+    leaves = [*operands, *(t for t in (*given.values(), own) if t is not None and t.requires_grad)]
+    out = SoftmaxKernel(formula, blocks)(*operands, scale, sink=own, **given)
+
+    def wide(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    expected = formula.reference(
+        *map(wide, operands), scale, sink=wide(own) if own is not None else None,
+        **{name: wide(t) for name, t in given.items()},
+    )  # fmt: skip
+    assert out.shape == expected.shape
+    assert out.dtype == dtype
+    assert error(out.double(), expected) <= tolerance(dtype)
+    above = torch.randn_like(out)
+    actual = torch.autograd.grad(out, leaves, above)
+    wanted = torch.autograd.grad(expected, leaves, above.double())
+    for got, truth in zip(actual, wanted, strict=True):
+        assert error(got.double(), truth.double()) <= 2 * tolerance(dtype)
+
+
+def test_every_key() -> None:
+    compared(Formula())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types(dtype: torch.dtype) -> None:
+    compared(Formula((near,), numbers={"window": 20}), dtype=dtype, blocks=Blocks(16, 32))
+
+
+@pytest.mark.parametrize(
+    ("mask", "numbers"),
+    [
+        (causal, {"offset": 0}),
+        (causal, {"offset": 5}),
+        (near, {"window": 3}),
+        (near, {"window": 20}),
+        (chunked, {"chunk": 7}),
+        (prefix_causal, {"prefix": 9}),
+    ],
+)
+def test_masks(mask: Any, numbers: dict[str, float]) -> None:
+    compared(Formula((mask,), numbers=numbers))
+
+
+def test_queries_before_all_keys_see_nothing() -> None:
+    compared(Formula((causal,), numbers={"offset": 0}), q_len=53, kv_len=30)
+
+
+@pytest.mark.parametrize(("width", "v_width"), [(8, 8), (24, 40), (40, 24), (80, 16)])
+def test_head_sizes(width: int, v_width: int) -> None:
+    compared(Formula((causal,), numbers={"offset": 0}), width=width, v_width=v_width, q_len=20, kv_len=20)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 1), (6, 2)])
+@pytest.mark.parametrize("q_len", [1, 2, 16])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode(heads: int, kv_heads: int, q_len: int, splits: int) -> None:
+    compared(
+        Formula((causal, tokens), numbers={"offset": 0}), heads=heads, kv_heads=kv_heads, q_len=q_len,
+        blocks=Blocks(16, 16, splits=splits), padding=torch.rand(2, 53) < 0.7,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_sink(splits: int) -> None:
+    for q_len in (2, 41):
+        compared(Formula(sink=True), sink=torch.randn(4), blocks=Blocks(16, 16, splits=splits), q_len=q_len)
+
+
+@pytest.mark.parametrize("normaliser", ["sigmoid", "relu"])
+def test_other_normalisers(normaliser: Any) -> None:
+    compared(Formula((near,), (capped,), {"window": 20, "softcap": 5.0}, normaliser))
+    compared(Formula(normaliser=normaliser), q_len=1, blocks=Blocks(16, 16, splits=2))
+
+
+def test_scores_that_read_learned_tensors() -> None:
+    numbers = {"window": 40, "softcap": 5.0}
+    compared(Formula((near,), (alibi, capped), numbers), slopes=torch.rand(4, requires_grad=True))
+    compared(Formula(scores=(relative,)), table=torch.randn(7, 4, requires_grad=True))
+    compared(Formula(scores=(gated,)), gates=torch.randn(53, requires_grad=True))
+
+
+def test_a_tensor_read_twice_gets_both_gradients() -> None:
+    def both(s: Any, i: Any, j: Any, places: Any) -> Any:
+        return s + places[i] * places[j]
+
+    compared(Formula(scores=(both,)), places=torch.randn(53, requires_grad=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 41, 53), (1, 4, 41, 53), (2, 1, 1, 53)])
+def test_bias_tensors(shape: tuple[int, ...]) -> None:
+    compared(Formula(scores=(biased,)), bias=torch.randn(shape).requires_grad_())
+
+
+def test_documents() -> None:
+    segment = torch.randint(0, 3, (2, 53)).sort(-1).values
+    compared(Formula((same_segment, near), numbers={"window": 30}), segment=segment)
+
+
+def test_a_mask_of_each_head() -> None:
+    def of_head(h: Any, i: Any, j: Any) -> Any:
+        return (i - j) % (h + 1) == 0
+
+    for q_len in (1, 41):
+        compared(Formula((of_head,)), q_len=q_len)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_below_one_maximum(scale: float) -> None:
+    compared(Formula((causal,), numbers={"offset": 0}), scale=scale)
+
+
+def test_strides() -> None:
+    compared(Formula(), layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2).detach())
+    compared(Formula(), layout=lambda t: t.mT.contiguous().mT.detach())
+
+
+def test_large_scores() -> None:
+    compared(Formula((causal,), numbers={"offset": 0}), scale=8.0)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        Formula(),
+        Formula((near,), (capped,), {"window": 20, "softcap": 5.0}, sink=True),
+        Formula((causal,), normaliser="sigmoid", numbers={"offset": 0}),
+        Formula(normaliser="relu"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first dual number
+def test_forward_derivatives(formula: Formula) -> None:
+    def made(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, device=DEVICE)
+
+    operands, tangents = (
+        [made(heads, n, width) for heads, n, width in ((4, 41, 24), (2, 53, 24), (2, 53, 16))] for _ in range(2)
+    )
+    given = {"sink": torch.randn(4, device=DEVICE)} if formula.sink else {}
+    kernel = SoftmaxKernel(formula, SMALL)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(t, dt) for t, dt in zip(operands, tangents, strict=True)]
+        actual = torch.autograd.forward_ad.unpack_dual(kernel(*duals, 0.3, **given)).tangent
+    assert actual is not None
+
+    def exact(*tensors: Tensor) -> Tensor:
+        return formula.reference(*tensors, 0.3, **{name: t.double() for name, t in given.items()})
+
+    doubles, along = (tuple(t.double() for t in each) for each in (operands, tangents))
+    _, expected = torch.func.jvp(exact, doubles, along)
+    assert error(actual.double(), expected) <= 2 * tolerance(torch.float32)
+
+
+def test_a_call_without_its_tensors() -> None:
+    q = torch.randn(1, 1, 4, 16, device=DEVICE)
+    with pytest.raises(OptionError, match=r"reads the tensors \('slopes',\)"):
+        SoftmaxKernel(Formula(scores=(alibi,)), SMALL)(q, q, q, 1.0)
+    with pytest.raises(OptionError, match="2 axes and is read at 1"):
+        SoftmaxKernel(Formula(scores=(alibi,)), SMALL)(q, q, q, 1.0, slopes=torch.randn(1, 1, device=DEVICE))
