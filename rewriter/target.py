@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ class Target:
     """Device, its capability and the versions that decide which code is generated and how fast it runs."""
 
     device: str
+    processor: str
     capability: str
     torch: str
     triton: str | None
@@ -37,6 +40,7 @@ class Target:
             triton = None
         return Target(
             device=kind,
+            processor=_processor(kind),
             capability=capability,
             torch=torch.__version__,
             triton=triton,
@@ -46,3 +50,16 @@ class Target:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+@cache
+def _processor(kind: str) -> str:
+    """The model, as the system names it: two of one capability differ in speed."""
+    if kind == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in listed.read_text().splitlines() if ":" in line)
+    named = {name.strip(): value.strip() for name, value in fields.items()}
+    return " ".join(named[name] for name in ("model name", "cpu family", "model", "stepping") if name in named)

@@ -26,7 +26,7 @@ def wide(x: Tensor | None) -> Tensor | None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("decay", ["none", "head", "token"])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (16, 16), (17, 17), (41, 41), (9, 41), (1, 41)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (16, 16), (17, 17), (41, 41), (9, 41), (1, 41), (40, 57)])
 def test_causal(q_len: int, kv_len: int, decay: Any, normalised: bool, dtype: torch.dtype) -> None:
     check(LinearFormula(elu_plus_one, elu_plus_one, decay=decay, normalised=normalised), q_len, kv_len, dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_the_faster_one_runs_and_is_remembered(monkeypatch: pytest.MonkeyPatch, 
 
     def medians(times: Any) -> list[float]:
         asked.append(times)
-        return [1.0, 2.0] if winner == "plain" else [2.0, 1.0]
+        return [1.0 if winner == "plain" else 3.0, *[2.0] * (len(times) - 1)]
 
     monkeypatch.setattr("rewriter.tune.measure.medians", medians)
     # Another head size each time: the cache outlives a test.
@@ -150,7 +151,7 @@ def test_the_faster_one_runs_and_is_remembered(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_growing_cache_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: asked.append(times) or [2.0, 1.0])
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: asked.append(times) or [2.0] * len(times))
     built = variants()["sdpa"].build(SITE, {})
     for length in range(65, 129):
         query, key = torch.randn(1, 2, 20, 56), torch.randn(1, 2, length, 56)
@@ -165,6 +166,105 @@ def test_gradients_take_the_plain_way() -> None:
     built = variants()["sdpa"].build(SITE, {})
     (gradient,) = torch.autograd.grad(built(query, query, query, None, None).square().sum(), query)
     assert gradient.abs().sum() > 0
+
+
+def test_blocks_follow_the_mask() -> None:
+    """Of a narrow window small blocks visit less, of all keys they only cost more."""
+    query = torch.randn(1, 1, 4096, 64)
+    narrow, *others = cpp.sizes(Formula((near,), numbers={"window": 24}), query, query, {})
+    assert narrow == (64, 64)
+    assert others
+    assert all(m * n < 64 * 64 for m, n in others)
+    assert cpp.sizes(Formula(), query, query, {}) == [(64, 64)]
+
+
+def test_the_best_config_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [3.0, 3.0, 1.0, 2.0][: len(times)])
+    formula = Formula((near,), numbers={"window": 24})
+    run = []
+    kernel = native.Kernel.__call__
+    monkeypatch.setattr(native.Kernel, "__call__", lambda self, *a, **k: run.append(self.spec) or kernel(self, *a, **k))
+    query = torch.randn(1, 2, 512, 48)
+    expected = formula.reference(query, query, query, SITE.scale)
+    with torch.no_grad():
+        out = Generated(formula, SITE, lambda *given: expected)(query, query, query, None, None)
+    _, second, *_ = cpp.sizes(formula, query, query, {})
+    assert (run[-1].block_m, run[-1].block_n) == second
+    assert error(out, expected) <= tolerance(torch.float32)
+
+
+# --- other ways to be called -----------------------------------------------------------------------------------------
+
+
+class Local(torch.nn.Module):
+    """Attention of four heads over keys at most 40 back, spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(64, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        i = torch.arange(x.shape[1])
+        seen = (i[:, None] >= i) & (i[:, None] - i <= 40)
+        weights = (query @ key.mT / 4).masked_fill(~seen, float("-inf")).softmax(-1)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def test_a_compiled_graph_calls_what_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another compiler sees one node: the generated kernel runs in its code, too."""
+    calls = []
+    kernel = native.Kernel.__call__
+    monkeypatch.setattr(native.Kernel, "__call__", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    model, x = Local(), torch.randn(2, 700, 64)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="rewriter", options={"inner": "aot_eager", "variants": ["sdpa"]})
+        assert error(compiled(x), expected) <= tolerance(torch.float32)
+        calls.clear()
+        assert error(compiled(x), expected) <= tolerance(torch.float32)
+    assert calls
+
+
+def test_a_compiled_graph_learns() -> None:
+    model, x = Local(), torch.randn(2, 700, 64)
+    model(x).square().sum().backward()
+    expected = model.project.weight.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, backend="rewriter", options={"inner": "aot_eager", "variants": ["sdpa"]})
+    compiled(x).square().sum().backward()
+    assert error(model.project.weight.grad, expected) <= 10 * tolerance(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
+def test_the_operator() -> None:
+    implementation = variants()["sdpa"].build(SITE, {})
+    operands = [torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(64, 64, requires_grad=True)
+    given = (*operands, bias, torch.rand(1, 64) < 0.9, None, implementation.name)
+    torch.library.opcheck(torch.ops.rewriter.attend.default, given)
+    wanted = [*operands, bias]
+    got = torch.autograd.grad(torch.ops.rewriter.attend(*given).square().sum(), wanted)
+    expected = torch.autograd.grad(implementation(*given[:5]).square().sum(), wanted)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert error(mine, theirs) <= tolerance(torch.float32)
+
+
+def test_two_functions_of_one_name_are_two_operators() -> None:
+    built = [Generated(Formula((lambda i, j, n=n: i - j < n,)), SITE, lambda *given: given[0]) for n in (2, 3)]
+    assert built[0].name != built[1].name
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # torch's own, of its forward derivatives
+def test_forward_derivatives_take_the_plain_way() -> None:
+    implementation = variants()["sdpa"].build(replace(SITE, softcap=3.0), {})
+    operands = tuple(torch.randn(1, 2, 64, 16) for _ in range(3))
+    along = tuple(torch.randn(1, 2, 64, 16) for _ in range(3))
+
+    def of(attend: Any) -> Any:
+        return torch.func.jvp(lambda q, k, v: attend(q, k, v, None, None), operands, along)[1]
+
+    assert error(of(implementation), of(implementation.plain)) <= tolerance(torch.float32)
 
 
 def test_a_new_function_is_a_kernel_everywhere() -> None:

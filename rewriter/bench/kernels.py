@@ -30,8 +30,9 @@ Runs = dict[str, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation in one case: the median of its milliseconds, of the ratios to the first one in the same round,
-    the largest ratio that the kept share of the scores allows, and its peak memory beyond inputs in MiB.
+    """One implementation in one case: the median of its milliseconds, of the ratios to the first one in the same round
+    (None where it runs alone), the largest ratio that the kept share of the scores allows, and its peak memory beyond
+    inputs and output in MiB.
     """
 
     case: str
@@ -39,7 +40,7 @@ class Row:
     dtype: str
     implementation: str
     milliseconds: float
-    faster: float
+    faster: float | None
     ideal: float | None
     memory: float | None
 
@@ -57,6 +58,8 @@ def measured(*, tokens: int = 4096, repeats: int = 7, flex: bool = True) -> Iter
             yield from _timed("10% of blocks", sparse, dtype, max(3, repeats // 2), runs, 1 / kept)
         for dense in (tokens // 8, tokens // 2, tokens):
             yield from _timed("dense, causal", dense, dtype, repeats, _dense(dense, dtype), None)
+        for linear in (tokens // 4, tokens // 2, tokens, 16 * tokens):
+            yield from _timed("linear, causal", linear, dtype, repeats, _linear(linear, dtype, linear <= tokens), None)
 
 
 def _operands(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,10 +83,13 @@ def native(formula: Formula, query: Tensor, key: Tensor, value: Tensor, **tensor
     scale = query.shape[3] ** -0.5
     with torch.no_grad():
         expected = formula.reference(query[:, :, -_BLOCK:].double(), key.double(), value.double(), scale, **tensors)
-        difference = error(made(query, key, value, scale, **tensors)[:, :, -_BLOCK:].double(), expected)
-    if not difference <= tolerance(query.dtype):
-        raise RewriterError(f"the generated code differs from its definition by {difference:.2g}")
+        _agrees(made(query, key, value, scale, **tensors)[:, :, -_BLOCK:].double(), expected, query.dtype)
     return lambda: made(query, key, value, scale, **tensors)
+
+
+def _agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    if not error(got, expected) <= 2 * tolerance(dtype):
+        raise RewriterError(f"an implementation differs from its definition by {error(got, expected):.2g}")
 
 
 def _window(tokens: int, dtype: torch.dtype, flex: bool) -> Runs:
@@ -140,6 +146,22 @@ def _dense(tokens: int, dtype: torch.dtype) -> Runs:
     }
 
 
+def _linear(tokens: int, dtype: torch.dtype, beside: bool) -> Runs:
+    """Of another function than the softmax's, whose time is what counts here; alone where SDPA would take minutes. Its
+    last queries agree with its definition.
+    """
+    query, key, value = _operands(tokens, dtype)
+    variant, site = variants()["linear"], _site(tokens, dtype, Causal())
+    mapped = variant.build(site, {})
+    with torch.no_grad():
+        last = query[:, :, -_BLOCK:].float(), key.float(), value.float()
+        expected = variant.reference(*last, None, None, site, {}, module=mapped)
+        _agrees(mapped(query, key, value, None, None)[:, :, -_BLOCK:].float(), expected, dtype)
+    alone: Runs = {"linear, chunked": lambda: mapped(query, key, value, None, None)}
+    fused = lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True)  # noqa: E731
+    return {"SDPA, causal": fused, **alone} if beside else alone
+
+
 def _timed(case: str, tokens: int, dtype: torch.dtype, repeats: int, runs: Runs, ideal: float | None) -> Iterator[Row]:
     names = list(runs)
     with torch.no_grad():
@@ -149,26 +171,25 @@ def _timed(case: str, tokens: int, dtype: torch.dtype, repeats: int, runs: Runs,
     for name, taken, peak in zip(names, times, memory, strict=True):
         ratio = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
         yield Row(
-            case, tokens, str(dtype)[6:], name, statistics.median(taken) * 1e3, ratio,
+            case, tokens, str(dtype)[6:], name, statistics.median(taken) * 1e3, ratio if len(runs) > 1 else None,
             ideal if name == "generated C++" else None, peak,
         )  # fmt: skip
 
 
 def _check(case: str, runs: Runs, dtype: torch.dtype) -> None:
     """Those that compute the same must agree before any is timed: all local ones, and all dense ones. Of block-sparse
-    ones there is one, which agrees with its definition (`native`).
+    and linear ones there is one, which agrees with its definition.
     """
     local = [run for name, run in runs.items() if not name.startswith("SDPA") or case.startswith("dense")]
     first = local[0]()
     for other in local[1:]:
-        if not error(other(), first) <= 2 * tolerance(dtype):
-            raise RewriterError(f"{case}: two implementations disagree by {error(other(), first):.2g}")
+        _agrees(other(), first, dtype)
 
 
-def peak_memory(function: Callable[[], Any]) -> float | None:
-    """MiB of the process at the worst moment of a call beyond what it held before; None where the system does not say.
+def peak_memory(function: Callable[[], Tensor]) -> float | None:
+    """MiB of the process at the worst moment of a call, beyond what it held before and the result.
 
-    Of the whole process, since the allocations of generated code are not torch's.
+    Of the whole process, since the allocations of generated code are not torch's. None where the system does not say.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
@@ -177,8 +198,8 @@ def peak_memory(function: Callable[[], Any]) -> float | None:
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is given back first
     reset.write_text("5")
     before = _kib(status, "VmRSS")
-    function()
-    return max(_kib(status, "VmHWM") - before, 0) / 1024
+    result = function()
+    return max(_kib(status, "VmHWM") - before - result.nbytes / 1024, 0) / 1024
 
 
 def _kib(status: Path, name: str) -> int:

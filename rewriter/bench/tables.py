@@ -138,10 +138,10 @@ def _troubles(results: Sequence[Measured]) -> dict[str, list[str]]:
     }
 
 
-KERNEL_COLUMNS = ("case", "tokens", "type", "implementation", "ms", "faster", "ideal", "MiB")
+KERNEL_COLUMNS = ("case", "tokens", "type", "implementation", "ms", "µs/token", "faster", "ideal", "MiB")
 KERNEL_LEGEND = (
     "1 sequence, 8 heads of 64. ms: median. faster: the median of the ratios to the first of its case, round by round. "
-    "ideal: what the kept share of the scores allows. MiB: peak of the process beyond what it held before the call."
+    "ideal: what the kept share of the scores allows. MiB: peak of the process beyond operands and result."
 )
 
 
@@ -154,7 +154,8 @@ def kernel_rows(measured: Iterable[Row]) -> list[tuple[str, ...]]:
             row.dtype,
             row.implementation,
             f"{row.milliseconds:.1f}",
-            f"{row.faster:.2f}x",
+            f"{row.milliseconds / row.tokens * 1e3:.2f}",
+            f"{row.faster:.2f}x" if row.faster else "",
             f"{row.ideal:.1f}x" if row.ideal else "",
             f"{row.memory:.1f}" if row.memory is not None else "",
         )

@@ -8,11 +8,12 @@ O(blocks^2) on vectors, and what is stored are runs of blocks: linear in the len
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from rewriter.codegen.intervals import Interval, interval
 
 _MOST_PAIRS = 1 << 22
 """So many pairs of blocks are looked at together."""
+_CLEARLY, _MOST_OTHERS = 0.92, 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -153,3 +156,28 @@ class Lists:
 def lists_of(formula: Formula) -> Lists:
     """The lists of a formula, which all layers share."""
     return Lists(formula)
+
+
+def work(
+    formula: Formula,
+    query: Tensor,
+    key: Tensor,
+    tensors: Mapping[str, Tensor],
+    block_m: int,
+    block_n: int,
+    *,
+    per_key: float,
+    per_query: float,
+) -> float:
+    """An estimate, in scores: of each visited pair of blocks its scores, and what a key and a query of it cost."""
+    if -(-query.shape[2] // block_m) * -(-key.shape[2] // block_n) > _MOST_PAIRS:
+        return math.inf  # the lists alone would take long
+    visited = lists_of(formula)(query, key, tensors, block_m, block_n).visited
+    return visited * (block_m * block_n + per_key * block_n + per_query * block_m)
+
+
+def promising(default: T, others: Iterable[T], cost: Callable[[T], float]) -> list[T]:
+    """The default, and the best others that should cost clearly less."""
+    bound = _CLEARLY * cost(default)
+    less = [(estimate, each) for each in others if each != default and (estimate := cost(each)) < bound]
+    return [default, *(each for _, each in sorted(less, key=lambda pair: pair[0])[:_MOST_OTHERS])]

@@ -1,19 +1,22 @@
-"""What a variant with a formula runs on each device: Triton on GPUs, on CPUs what is the fastest there.
+"""What a variant with a formula runs: the fastest of its plain implementation and of what is generated for the formula.
 
-On a CPU the generated C++ competes with the variant's own plain implementation, by measurement: once for each site, its
-sizes and target, and the winner is remembered in the cache.
+They compete by measurement, once for each site, its sizes and the target, and the times are remembered in the cache. On
+CPUs generated C++ takes part, on GPUs generated Triton, each with the shipped config and those that promise less work.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
@@ -23,7 +26,7 @@ from rewriter.target import Target
 from rewriter.variant import Config, Implementation
 
 _FEWEST = 16
-"""With fewer queries a kernel mostly packs keys, and lists of blocks are made anew for every length of a cache."""
+"""With fewer queries a CPU mostly packs keys, and lists of blocks are made anew for every length of a cache."""
 
 FormulaOf = Callable[[AttentionSite, Config], Formula]
 Build = Callable[[AttentionSite, Config], Implementation]
@@ -53,8 +56,8 @@ def plainly(formula: FormulaOf) -> Build:
 
 
 def generated(formula: FormulaOf, plain: Build | None = None) -> Build:
-    """The implementation of a formula. `plain` serves where nothing is generated: where gradients are wanted on a CPU,
-    while a graph is traced, without a compiler, and wherever it is faster.
+    """The implementation of a formula. `plain` serves where nothing is generated: where derivatives are wanted on a
+    CPU, without a compiler, and wherever it is faster.
     """
     otherwise = plain or plainly(formula)
 
@@ -79,50 +82,63 @@ def completed(formula: Formula, mask: Tensor | None, padding: Tensor | None) -> 
 
 
 class Generated:
-    """An attention by the fastest of what was made for its formula."""
+    """An attention by the fastest of what there is for its formula."""
 
     def __init__(self, formula: Formula, site: AttentionSite, plain: Implementation) -> None:
         self.formula, self.site, self.plain = formula, site, plain
         self._chosen: dict[Any, Implementation] = {}
+        self.name = _registered(self)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
     ) -> Tensor:
         """(B, H, Sq, Dv)."""
         given: Any = (query, key, value, mask, padding, *sink)
-        if torch.compiler.is_compiling() or is_fake(query):
-            return self.plain(*given)
-        if query.device.type == "cuda":
-            return self._on_gpu(*given)
         learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        return self.plain(*given) if learned else self._fastest(given)(*given)
+        on_gpu = query.device.type == "cuda"
+        if learned and not on_gpu:
+            return self.plain(*given)
+        if torch.compiler.is_dynamo_compiling() or is_fake(query):  # one node in the graph, measured when it runs
+            out: Tensor = attend(query, key, value, mask, padding, sink[0] if sink else None, self.name)
+            return out
+        if _transformed(given):
+            return next(self._on_gpu(given))[1](*given) if on_gpu else self.plain(*given)
+        return self._fastest(given, learned)(*given)
 
-    def _on_gpu(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, *sink: Tensor) -> Tensor:
-        from rewriter.codegen.softmax import kernel_of
-
-        formula, tensors = completed(self.formula, mask, padding)
-        return kernel_of(formula)(query, key, value, self.site.scale, sink=sink[0] if sink else None, **tensors)
-
-    def _fastest(self, given: Any) -> Implementation:
+    def _fastest(self, given: Any, learned: bool) -> Implementation:
         query, key, value, *others = given
-        if query.shape[2] < _FEWEST:
+        on_gpu = query.device.type == "cuda"
+        if query.shape[2] < _FEWEST and not on_gpu:
             return self.plain
         # A cache grows with every call: lengths up to the next power of two have one answer.
         lengths = [1 << (n - 1).bit_length() for n in (query.shape[2], key.shape[2])]
         sizes = (*query.shape[:2], key.shape[1], *lengths, query.shape[3], value.shape[3])
-        place = (*sizes, str(query.dtype), *(each is None for each in others))
+        place = (*sizes, str(query.dtype), *(each is None for each in others), learned)
         if place not in self._chosen:
-            candidate = self._native(given)
-            self._chosen[place] = self.plain if candidate is None else self._measured(given, place, *candidate)
+            made = dict(self._on_gpu(given) if on_gpu else self._on_cpu(given))
+            self._chosen[place] = self._measured(given, place, made) if made else self.plain
         return self._chosen[place]
 
-    def _native(self, given: tuple[Any, ...]) -> tuple[Implementation, str] | None:
-        """The generated C++, and a text that says which; None where there is none."""
-        query, _, value, mask, padding, *_ = given
+    def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
+        """Generated C++, each with a text that says which; nothing without a compiler."""
+        query, key, value, mask, padding, *_ = given
         formula, tensors = completed(self.formula, mask, padding)
-        made = cpp.attention(formula, query, value, tensors)
-        if isinstance(made, Refusal):
-            return None
+        for size in cpp.sizes(formula, query, key, tensors):
+            made = cpp.attention(formula, query, value, tensors, size)
+            if isinstance(made, Refusal):
+                return
+            yield str(made.kernel.spec), self._called(made)
+
+    def _on_gpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
+        """Generated Triton, each with a text that says which."""
+        from rewriter.codegen.softmax import kernels_of
+
+        query, key, _, mask, padding, *_ = given
+        for made in kernels_of(*completed(self.formula, mask, padding), query, key):
+            yield str(made), self._called(made)
+
+    def _called(self, made: Callable[..., Tensor]) -> Implementation:
+        """With the tensors of a call by their names."""
 
         def attend(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
@@ -130,16 +146,144 @@ class Generated:
             _, tensors = completed(self.formula, mask, padding)
             return made(query, key, value, self.site.scale, sink=sink[0] if sink else None, **tensors)
 
-        return attend, str(made.kernel.spec)
+        return attend
 
-    def _measured(self, given: Any, sizes: tuple[Any, ...], candidate: Implementation, name: str) -> Implementation:
+    def _measured(self, given: Any, sizes: tuple[Any, ...], made: dict[str, Implementation]) -> Implementation:
         from rewriter.tune.measure import alternate, medians
 
-        place = json.dumps([self.site.key(), name, sizes, Target.current("cpu").to_json()])
-        taken = recall("cpu", place)
+        device = given[0].device
+        place = json.dumps([self.site.key(), *made, sizes, Target.current(device).to_json()])
+        taken = recall("attention", place)
+        everything = [self.plain, *made.values()]
         if taken is None:
-            with torch.no_grad():
-                runs = [lambda: self.plain(*given), lambda: candidate(*given)]
-                taken = medians(alternate(runs, repeats=3, budget=2.0))
-            remember("cpu", place, taken)
-        return candidate if taken[1] < taken[0] else self.plain
+            fitting = {number: run for number, each in enumerate(everything) if (run := _tried(each, given))}
+            times = medians(alternate(list(fitting.values()), repeats=3, budget=2.0))
+            taken = [dict(zip(fitting, times, strict=True)).get(number) for number in range(len(everything))]
+            remember("attention", place, taken)
+        return min(zip(taken, everything, strict=True), key=lambda pair: float("inf") if pair[0] is None else pair[0])[
+            1
+        ]
+
+
+def _tried(candidate: Implementation, given: Any) -> Callable[[], object] | None:
+    """A call as the model makes it, with gradients where they are wanted; None where it does not fit the device."""
+    leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
+    wanted = [t for t in leaves if t is not None and t.requires_grad and torch.is_grad_enabled()]
+
+    def run() -> object:
+        out = candidate(*leaves)  # type: ignore[arg-type]
+        return torch.autograd.grad(out, wanted, out, allow_unused=True) if wanted else out
+
+    if given[0].device.type == "cuda":
+        try:
+            run()
+        except Exception as error:
+            if not _too_large(error):
+                raise
+            return None
+    return run
+
+
+def _too_large(error: Exception) -> bool:
+    """Does a config ask for more than the device has?"""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources | torch.OutOfMemoryError)
+
+
+def _transformed(given: Any) -> bool:
+    """Is a forward derivative, or a batch of calls, carried by one of these?"""
+    return any(
+        t is not None
+        and (forward_ad.unpack_dual(t).tangent is not None or torch._C._functorch.is_functorch_wrapped_tensor(t))
+        for t in given
+    )
+
+
+# --- one node in a traced graph --------------------------------------------------------------------------------------
+
+_KNOWN: dict[str, Generated] = {}
+"""By name. A compiled graph holds names, and caches of such graphs outlive a process: a name says what it computes."""
+
+
+def _registered(implementation: Generated) -> str:
+    formula = implementation.formula
+    functions = [f"{each.__module__}.{each.__qualname__}" for each in formula.masks + formula.scores]
+    said = json.dumps([implementation.site.key(), functions, sorted(formula.numbers.items()), formula.normaliser])
+    name = sha256(said.encode()).hexdigest()[:16]
+    if name in _KNOWN and _KNOWN[name].formula != formula:  # two functions of one name, as in a loop
+        name = uuid4().hex
+    _KNOWN[name] = implementation
+    return name
+
+
+@torch.library.custom_op("rewriter::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    sink: Tensor | None,
+    name: str,
+) -> Tensor:
+    """A `Generated` by its name, (B, H, Sq, Dv), in memory (B, Sq, H, Dv)."""
+    out = _KNOWN[name](query, key, value, mask, padding, *([] if sink is None else [sink]))
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attend.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, sink: Any, name: str
+) -> Tensor:  # fmt: skip
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("rewriter::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attend_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    sink: Tensor | None,
+    name: str,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The gradients of those operands (query, key, value, mask, padding, sink) that are wanted. Computes forward again:
+    what the forward pass kept is not in the graph.
+    """
+    given = [query, key, value, mask, padding, *([] if sink is None else [sink])]
+    leaves = [t if t is None else t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=False)]
+    # Below an operator nothing is recorded, but for this.
+    recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), recorded:
+        out = _KNOWN[name](*leaves)  # type: ignore[arg-type]
+        asked = [t for t in leaves if t is not None and t.requires_grad]
+        return [grad.contiguous() for grad in torch.autograd.grad(out, asked, d_out, materialize_grads=True)]
+
+
+@attend_backward.register_fake
+def _(d_out: Tensor, *given: Any) -> list[Tensor]:
+    *operands, _, wanted = given
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, want in zip(operands, wanted, strict=True)
+        if want
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *operands, ctx.name = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:6])
+    grads = iter(attend_backward(d_out, *ctx.saved_tensors, ctx.name, wanted))
+    return (*(next(grads) if want else None for want in wanted), None)
+
+
+attend.register_autograd(_differentiate, setup_context=_keep)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from rewriter.codegen.linear_formula import LEAST, LinearState
+from rewriter.errors import OptionError
 
 Map = Callable[[Tensor], Tensor]
 
 _CHUNKS = {torch.bfloat16: 256}
+_FEW = 32  # queries that read all keys directly: cheaper than a state, which costs a product for each key
 _CHUNK = 128  # positions in a chunk, of the other types: measured from 64 to 512 with 64 and 128 features
 
 
@@ -29,14 +32,18 @@ def scan(
     normalised: bool = False,
     eps: float = 1e-6,
     causal: bool = True,
+    ended: bool = True,
     chunk: int | None = None,
-) -> tuple[Tensor, LinearState]:
+) -> tuple[Tensor, LinearState | None]:
     """`LinearFormula.reference` in chunks: the answer (B, H, Sq, Dv) and the state of each query head.
 
-    The maps may mix channels: from (B, heads, n, D) to (B, heads, n, F). `log_decay` is (H,) or (B, H, N), for a token
-    one number and not one for each channel. The last query stands at the last key.
+    Only a further call needs the state after the last key: None unless `ended`. The maps may mix channels: from
+    (B, heads, n, D) to (B, heads, n, F). `log_decay` is (H,) or (B, H, N), for a token one number and not one for each
+    channel. The last query stands at the last key.
     """
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    if causal and q_len > kv_len:
+        raise OptionError(f"{q_len} queries cannot end with {kv_len} keys in a causal sum")
     past = kv_len - q_len if causal else 0
     # Products may lose digits as the original's do, but not range, which float16 lacks; the state is in float32.
     dtype = query.dtype if query.dtype == torch.bfloat16 else torch.promote_types(query.dtype, torch.float32)
@@ -78,8 +85,9 @@ def scan(
             added(*keys(slice(start, start + chunk)), None, None)
     out: Tensor | None = None
     parts: list[Tensor] = []
-    for start in range(0, kv_len if causal else q_len, chunk):
-        stop = min(start + chunk, kv_len if causal else q_len)
+    end = kv_len if causal else q_len
+    bounds = [0, end] if causal and q_len <= _FEW else [*range(0, end, chunk), end]
+    for start, stop in itertools.pairwise(bounds):
         at, first = slice(start, stop), max(start, past)
         since: Tensor | None = None
         if causal:
@@ -115,13 +123,15 @@ def scan(
             else:
                 out = query.new_empty((batch, heads, q_len, answer.shape[3])) if out is None else out
                 out[:, :, first - past : stop - past] = answer
-        if causal:
+        if causal and (ended or stop < end):
             left = None if since is None else (since[:, -1:] - since).exp()
             added(k, v, left, None if since is None else since[:, -1].exp())
-    assert sums is not None
-    shape = (batch, heads)
-    ended = LinearState(sums.unflatten(0, shape), None if totals is None else totals.unflatten(0, shape))
-    return torch.cat(parts, 2) if out is None else out, ended
+    last: LinearState | None = None
+    if ended:
+        assert sums is not None
+        heads_of = (batch, heads)
+        last = LinearState(sums.unflatten(0, heads_of), None if totals is None else totals.unflatten(0, heads_of))
+    return torch.cat(parts, 2) if out is None else out, last
 
 
 def _flat(x: Tensor, heads: int) -> Tensor:

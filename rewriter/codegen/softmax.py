@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.codegen.blocks import Runs, lists_of
-from rewriter.codegen.configs import default, with_splits
+from rewriter.codegen.ahead import SHARED_KIB
+from rewriter.codegen.blocks import Runs, lists_of, promising, work
+from rewriter.codegen.compiled import KERNELS
+from rewriter.codegen.configs import candidates, default, with_splits
 from rewriter.codegen.expression import Expression, kinds_of
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.fragments import Blocks, captured, source
@@ -20,17 +22,24 @@ from rewriter.codegen.source import loaded
 from rewriter.errors import OptionError
 from rewriter.target import Target
 
+_PER_KEY = 32.0
+"""What a key of a block costs on a GPU, in scores: its loads beside the products. An estimate, never measured."""
+
 
 class SoftmaxKernel:
     """A formula on a GPU: query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv) -> (B, H, Sq, Dv).
 
-    Sizes may differ from call to call; kernels are made for head sizes, type and config. Without `blocks` the config is
-    the one that is shipped for the device.
+    Sizes may differ from call to call; kernels are made for head sizes, type and config. `blocks` is the config of all
+    kernels, or those of some by name; the others have what is shipped for the device.
     """
 
-    def __init__(self, formula: Formula, blocks: Blocks | None = None) -> None:
-        self.formula, self.blocks = formula, blocks
+    def __init__(self, formula: Formula, blocks: Blocks | Mapping[str, Blocks] | None = None) -> None:
+        self.formula = formula
+        self.blocks = dict.fromkeys(KERNELS, blocks) if isinstance(blocks, Blocks) else dict(blocks or {})
         self.lists = lists_of(formula)
+
+    def __str__(self) -> str:
+        return f"triton {self.blocks or 'as shipped'}"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, sink: Tensor | None = None, **tensors: Tensor
@@ -48,7 +57,7 @@ class SoftmaxKernel:
 
     def config(self, kernel: str, query: Tensor) -> Blocks:
         """That of one kernel for these operands."""
-        return self.blocks or default(Target.current(query.device).capability, kernel, query.shape[-1])
+        return self.blocks.get(kernel) or default(Target.current(query.device).capability, kernel, query.shape[-1])
 
     def module(
         self, blocks: Blocks, query: Tensor, value: Tensor, tensors: Mapping[str, Tensor], **options: Any
@@ -60,10 +69,22 @@ class SoftmaxKernel:
         )  # fmt: skip
 
 
-@cache
-def kernel_of(formula: Formula) -> SoftmaxKernel:
-    """The kernel of a formula with shipped configs, which remembers its lists from call to call."""
-    return SoftmaxKernel(formula)
+def kernels_of(
+    formula: Formula, tensors: Mapping[str, Tensor], query: Tensor, key: Tensor, target: str | None = None
+) -> list[SoftmaxKernel]:
+    """The kernels of a formula that are worth a measurement: as shipped, and with those configs of the forward kernel
+    that fit the target (the operands' own where none is named) and promise less work for this mask.
+    """
+    target, shipped = target or Target.current(query.device).capability, SoftmaxKernel(formula)
+    if target not in SHARED_KIB or query.shape[2] <= shipped.config("forward", query).block_m:
+        return [shipped]
+
+    def cost(blocks: Blocks) -> float:
+        return work(formula, query, key, tensors, blocks.block_m, blocks.block_n, per_key=_PER_KEY, per_query=0.0)
+
+    others = candidates(target, "forward", head_dim=query.shape[-1], dtype=query.dtype)
+    _, *better = promising(shipped.config("forward", query), others, cost)
+    return [shipped, *(SoftmaxKernel(formula, {"forward": blocks}) for blocks in better)]
 
 
 @cache
@@ -161,7 +182,7 @@ def launched(
     k_blocks = -(-kv_len // blocks.block_n)
     if rows <= blocks.block_m:  # a step of decoding: no larger block than it has rows, and work for every processor
         blocks = replace(blocks, block_m=max(16, 1 << (rows - 1).bit_length()))
-        if kernel.blocks is None:
+        if "forward" not in kernel.blocks:
             blocks = with_splits(blocks, batch * (kv_heads if packed else heads), k_blocks, _processors(query.device))
     splits = min(blocks.splits, k_blocks) if q_len <= blocks.block_m else 1
     module = kernel.module(blocks, query, value, tensors, packed=packed, backward=False)
