@@ -24,6 +24,7 @@ from rewriter.target import Target
 
 if TYPE_CHECKING:
     from rewriter.codegen.formula import Formula
+    from rewriter.codegen.linear_formula import LinearFormula
 
 Config = Mapping[str, int | float | str | bool]
 """The settings of a variant at one site: plain values, as they stand in the plan."""
@@ -67,7 +68,7 @@ class Variant:
     cases       sites that the tests and benchmarks run
     near_misses sites that `takes` must refuse
     elements    which of `AttentionSite.elements` it computes, beyond softmax(scale * q k^T + mask) v
-    formula     what it computes as functions of indices, from which kernels are generated; None where it is none
+    formula     what it computes, in the terms of one of the families of kernels, which are generated from it; or None
     """
 
     name: str
@@ -80,7 +81,7 @@ class Variant:
     cases: Sequence[Case] = field(default=())
     near_misses: Sequence[AttentionSite] = field(default=())
     elements: frozenset[str] = frozenset()
-    formula: Callable[[AttentionSite, Config], Formula] | None = None
+    formula: Callable[[AttentionSite, Config], Formula | LinearFormula] | None = None
 
     def takes(self, site: AttentionSite, target: Target) -> bool | Refusal:
         """Does it apply here, and does it compute all that the scores go through?"""

@@ -6,6 +6,7 @@ The interpreter is chosen when Triton is imported (`TRITON_INTERPRET=1`, as `mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from rewriter.codegen.linear_formula import LinearFormula, LinearState  # noqa: 
 from rewriter.codegen.linear_fragments import LinearBlocks, source  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
+from rewriter.kernels.linear.linear import VARIANT as LINEAR  # noqa: E402
+from rewriter.kernels.linear.linear import features  # noqa: E402
+from rewriter.site import Causal, Full, Mask, Padding  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -212,6 +216,24 @@ def test_maps_of_queries_and_keys_differ() -> None:
     q = torch.randn(1, 1, 20, 16, device=DEVICE)
     expected, _ = constant.reference(q, q, q, 1.0)
     assert error(LinearKernel(constant, SMALL)(q, q, q, 1.0)[0], expected) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding(), Full() & Padding()], ids=str)
+def test_maps_that_mix_channels_come_before_the_kernel(mask: Mask) -> None:
+    """A variant's module and the kernel of its formula, given phi(q) and phi(k), against the variant's definition."""
+    site = replace(LINEAR.cases[0].site, mask=mask, device=DEVICE)
+    module = LINEAR.build(site, {})
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight.data, std=0.25)
+    query, key, value = (torch.randn(2, heads, 40, 16, device=DEVICE) for heads in (6, 2, 2))
+    padding = torch.rand(2, 40, device=DEVICE) < 0.7 if mask.has(Padding) else None
+    expected = LINEAR.reference(query, key, value, None, padding, site, {}, module=module)
+    phi_q = features(query, module.root * module.query_map)
+    phi_k = features(key.repeat_interleave(3, 1), module.root * module.key_map)
+    assert phi_q.shape[3] == module.formula.features
+    out, _ = LinearKernel(module.formula, SMALL)(phi_q, phi_k, value, 1.0, padding=padding)
+    for each in (out, module(query, key, value, None, padding)):
+        assert error(each, expected) <= tolerance(torch.float32)
 
 
 def test_strides() -> None:

@@ -5,7 +5,7 @@
 
 One W (D x D) for the queries and one for the keys of each query head, from the identity on, applied to q and k times
 sqrt(scale). Never exact: the maps are fitted until the weights resemble those of the softmax. Work is O(N), memory that
-of one chunk.
+of one chunk on a CPU, of phi(q) and phi(k) on a GPU: the maps mix channels, so the kernel is given what they made.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rewriter.codegen.linear_cpu import scan
+from rewriter.codegen.linear_formula import LinearFormula
+from rewriter.codegen.linear_implementation import linear_attention
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
@@ -31,6 +31,12 @@ def features(x: Tensor, weight: Tensor) -> Tensor:
     both = torch.cat([weight, -weight], -2)
     halves: Tensor = (x @ both.mT).unflatten(-1, (2, -1))
     return halves.softmax(-1).flatten(-2)
+
+
+def formula(site: AttentionSite, config: Config) -> LinearFormula:
+    """The sum over phi(q) and phi(k), which are computed before it."""
+    causal = site.mask.positional == Causal()
+    return LinearFormula(normalised=True, eps=_EPS, causal=causal, features=2 * site.head_dim)
 
 
 def reference(
@@ -63,7 +69,7 @@ class LinearAttention(nn.Module):
         self.query_map = nn.Parameter(identity)
         self.key_map = nn.Parameter(identity.clone())
         self.root = math.sqrt(site.scale)
-        self.causal = site.mask.positional == Causal()
+        self.formula = formula(site, {})
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal or full, and `padding`."""
@@ -73,12 +79,8 @@ class LinearAttention(nn.Module):
                 x.repeat_interleave(len(weight) // x.shape[1], 1), (self.root * weight).to(x.dtype)
             )
 
-        early = max(query.shape[2] - key.shape[2], 0) if self.causal else 0  # queries that see no key
-        out, _ = scan(
-            query[:, :, early:], key, value, 1.0, query_map=mapped(self.query_map), key_map=mapped(self.key_map),
-            padding=padding, normalised=True, eps=_EPS, causal=self.causal, ended=False,
-        )  # fmt: skip
-        return F.pad(out, (0, 0, early, 0)) if early else out
+        maps = {"query_map": mapped(self.query_map), "key_map": mapped(self.key_map)}
+        return linear_attention(self.formula, query, key, value, 1.0, **maps, padding=padding)
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
@@ -118,6 +120,7 @@ VARIANT = Variant(
     applies=applies,
     configs=configs,
     build=build,
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16")),

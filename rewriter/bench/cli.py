@@ -1,4 +1,4 @@
-"""`rewriter bench detect | kernels`: the library measured."""
+"""`rewriter bench detect | kernels | ahead`: the library measured."""
 
 from __future__ import annotations
 
@@ -71,3 +71,30 @@ def bench_kernels(
     elif not as_json:
         tables.print_kernels(rows, stdout())
     return {"rows": [row.to_json() for row in rows]}
+
+
+@bench.command("ahead")
+def bench_ahead(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Compile the generated kernel for sm_90, without a GPU, beside flash-linear-attention's at the same tile."""
+    from rewriter.bench import tables
+    from rewriter.bench.ahead import compiled, peer_kernel
+
+    rows: list[Any] = []
+    peer, missing = None, None
+    try:
+        peer = peer_kernel()
+    except OptionError as error:  # the generated kernel is looked at all the same
+        missing = str(error)
+    with progress() as advance:
+        advance("compiling", 0, None)
+        for row in compiled(peer):
+            rows.append(row)
+            advance("compiling", len(rows), None)
+    if markdown:
+        print(tables.ahead_markdown(rows, missing))
+    elif not as_json:
+        tables.print_ahead(rows, missing, stdout())
+    return {"rows": [row.to_json() for row in rows], "missing": missing}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from rewriter.bench.detect import Measured
 from rewriter.bench.kernels import Row
+
+if TYPE_CHECKING:
+    from rewriter.bench import ahead  # imports Triton, which is for Linux
 
 COLUMNS = (
     "library",
@@ -171,3 +175,44 @@ def kernels_markdown(measured: Iterable[Row]) -> str:
 def print_kernels(measured: Iterable[Row], console: Console) -> None:
     """The same for a terminal."""
     print_table(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND, console)
+
+
+AHEAD_COLUMNS = ("kernel", "head", "tile", "warps", "stages", "registers", "spills", "KiB", "wgmma", "loop", "ratio")
+AHEAD_LEGEND = (
+    "sm_90, bfloat16, causal, forward. parallel_attn: flash-linear-attention's. head: its size. tile: queries x keys, "
+    "first the shipped config, then what parallel_attn is launched with. registers: of a thread; spills: its bytes; "
+    "KiB: shared memory of a block. wgmma and loop: tensor-core instructions, and all instructions, in the main loop "
+    "for one tile that no mask touches. ratio: of the generated loop to the other; below 1 it is shorter."
+)
+
+
+def ahead_rows(compiled: Iterable[ahead.Row]) -> list[tuple[str, ...]]:
+    """One for each kernel."""
+    return [
+        (
+            row.implementation,
+            f"{row.head_dim}",
+            f"{row.blocks.block_m} x {row.blocks.block_n}",
+            f"{row.blocks.num_warps}",
+            f"{row.blocks.num_stages}",
+            f"{row.registers}",
+            f"{row.spills}",
+            f"{row.shared / 1024:.4g}",
+            f"{row.wgmma:.4g}",
+            f"{row.instructions:.4g}",
+            f"{row.ratio:.2f}" if row.ratio is not None else "",
+        )
+        for row in compiled
+    ]
+
+
+def ahead_markdown(compiled: Iterable[ahead.Row], missing: str | None) -> str:
+    """The table of the kernels compiled ahead; `missing` says why there is nothing beside the generated ones."""
+    return as_markdown(AHEAD_COLUMNS, ahead_rows(compiled), AHEAD_LEGEND, missing or "")
+
+
+def print_ahead(compiled: Iterable[ahead.Row], missing: str | None, console: Console) -> None:
+    """The same for a terminal."""
+    print_table(AHEAD_COLUMNS, ahead_rows(compiled), AHEAD_LEGEND, console)
+    if missing:
+        console.print(f"\n{escape(missing)}", highlight=False)

@@ -89,6 +89,20 @@ class Binary:
         }
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what its arguments are, as `compile_ahead` wants to know them."""
+
+    kernel: JITFunction[Any]
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: Collection[str] = ()
+
+    def compiled(self, target: str, **options: Any) -> Binary:
+        """What it is on this target; raises as `compile_ahead` does."""
+        return compile_ahead(self.kernel, self.signature, self.constants, target, divisible=self.divisible, **options)
+
+
 def parse_target(name: str) -> GPUTarget:
     """`sm_90` or `gfx942` as Triton's target. OptionError where the name has neither form."""
     if match := re.fullmatch(r"sm_(\d{2,3})", name):

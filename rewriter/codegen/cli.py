@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rewriter.errors import OptionError
 from rewriter.terminal import JSON, Document, progress, stdout
+
+if TYPE_CHECKING:
+    from rewriter.codegen.families import Kernels
 
 kernels = typer.Typer(help="Look at the kernels that are generated.", no_args_is_help=True)
 
@@ -18,7 +21,7 @@ V_HEAD_DIM = Annotated[int | None, typer.Option(min=1, max=256, help="Head size 
 DTYPE = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 MASK = Annotated[str, typer.Option(help="The mask of the site, as `rewriter explain` prints it.")]
 CONFIG = Annotated[list[str] | None, typer.Option(help="A setting of the variant, as window=256; may be repeated.")]
-BLOCKS = Annotated[str | None, typer.Option(help="block_m,block_n,warps,stages; without it those that are shipped.")]
+BLOCKS = Annotated[str | None, typer.Option(help="The config's numbers, as 128,64,8,2; without it the shipped one.")]
 
 
 @kernels.command("show")
@@ -33,14 +36,8 @@ def show(
     blocks: BLOCKS = None,
 ) -> Document:
     """Print the source that is generated for a variant at a site."""
-    from rewriter.codegen import cpp, native
-    from rewriter.codegen.fragments import source
-
-    formula, sizes = _formula(variant, head_dim, v_head_dim, dtype, mask, config)
-    if target == "cpu":
-        text = native.source(cpp.spec_of(formula, **sizes))
-    else:
-        text = source(formula, _blocks(blocks, target, "forward", head_dim), **sizes, kinds={})
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, config)
+    text = made.cpp() if target == "cpu" else made.triton(_blocks(blocks, made, made.names[0], target))
     print(text)
     return {"source": text}
 
@@ -58,17 +55,14 @@ def compile_(
     as_json: JSON = False,
 ) -> Document:
     """Compile a variant's kernels ahead of time, without the hardware, and say what is in the binaries."""
-    from rewriter.codegen.compiled import KERNELS, binaries
-
-    formula, sizes = _formula(variant, head_dim, v_head_dim, dtype, mask, config)
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, config)
     found: list[Any] = []
     names = [name.strip() for name in target.split(",")]
     with progress() as advance:
         for name in names:
-            for kernel in KERNELS:
-                advance("compiling", len(found), len(names) * len(KERNELS))
-                chosen = _blocks(blocks, name, kernel, head_dim)
-                found += binaries(formula, chosen, name, **sizes, kernels=(kernel,))
+            for kernel in made.names:
+                advance("compiling", len(found), len(names) * len(made.names))
+                found.append(made.binary(kernel, _blocks(blocks, made, kernel, name), name))
     if not as_json:
         _print([{"kernel": each.kernel, **each.row()} for each in found])
     return {"kernels": [each.to_json() for each in found]}
@@ -80,7 +74,10 @@ def defaults(
     sizes: Annotated[str, typer.Option(help="Head sizes, separated by commas.")] = "32,64,128,256",
     as_json: JSON = False,
 ) -> Document:
-    """Compile every candidate config and rank them by spills and instructions: the table of shipped defaults."""
+    """Compile every candidate config and rank them by spills and instructions: the table of shipped defaults.
+
+    For attention with a softmax; linear attention has one config for all kernels and targets.
+    """
     from rewriter.codegen.configs import ranked
 
     table: dict[str, Any] = {}
@@ -95,12 +92,11 @@ def defaults(
     return {"defaults": table}
 
 
-def _formula(
+def _kernels(
     variant: str, head_dim: int, v_head_dim: int | None, dtype: str, mask: str, config: list[str] | None
-) -> tuple[Any, dict[str, Any]]:
-    """The formula at a site with these facts, and what a source wants to know beside it."""
-    import torch
-
+) -> Kernels:
+    """Those of a variant at a site with these facts."""
+    from rewriter.codegen.families import kernels_of
     from rewriter.site import AttentionSite, Mask
     from rewriter.target import Target
     from rewriter.variant import variants
@@ -114,13 +110,12 @@ def _formula(
         parsed = Mask.parse(mask)
     except ValueError as cause:
         raise OptionError(str(cause)) from cause
-    width = v_head_dim or head_dim
     site = AttentionSite(
         path="",
         heads=8,
         kv_heads=8,
         head_dim=head_dim,
-        v_head_dim=width,
+        v_head_dim=v_head_dim or head_dim,
         dtype=dtype,
         scale=head_dim**-0.5,
         mask=parsed,
@@ -136,20 +131,16 @@ def _formula(
             raise OptionError(f"{variant} has no setting {name!r}: {', '.join(settings) or 'it has none'}")
         settings[name] = type(settings[name])(value)
     assert chosen.formula is not None
-    sizes = {"head_dim": head_dim, "v_head_dim": width, "dtype": getattr(torch, dtype)}
-    return chosen.formula(site, settings), sizes
+    return kernels_of(chosen.formula(site, settings), site)
 
 
-def _blocks(text: str | None, target: str, kernel: str, head_dim: int) -> Any:
-    from rewriter.codegen.configs import default
-    from rewriter.codegen.fragments import Blocks
-
+def _blocks(text: str | None, made: Kernels, kernel: str, target: str) -> Any:
     if text is None:
-        return default(target, kernel, head_dim)
+        return made.default(kernel, target)
     try:
-        return Blocks(*map(int, text.split(",")))
+        return made.config(*map(int, text.split(",")))
     except (TypeError, ValueError) as cause:
-        raise OptionError(f"{text!r} is not block_m,block_n,warps,stages") from cause
+        raise OptionError(f"{text!r} is not {','.join(each.name for each in fields(made.config))}") from cause
 
 
 def _print(rows: list[dict[str, str]]) -> None:

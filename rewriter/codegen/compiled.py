@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from rewriter.codegen.ahead import Binary, compile_ahead
+from rewriter.codegen.ahead import Binary, Launch
 from rewriter.codegen.expression import Kind
 from rewriter.codegen.formula import Formula
-from rewriter.codegen.fragments import Blocks, source
+from rewriter.codegen.fragments import KERNELS, Blocks, source
 from rewriter.codegen.source import loaded
-
-KERNELS = ("forward", "backward_keys", "backward_queries")
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POINTED = {"bool": "i1", "int": "i64", "float": "fp32"}
 
 
-def binaries(
+def launches(
     formula: Formula,
     blocks: Blocks,
-    target: str,
     *,
     head_dim: int,
     v_head_dim: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kinds: Mapping[str, Kind] | None = None,
     kernels: tuple[str, ...] = KERNELS,
-) -> list[Binary]:
-    """What each kernel is on this target. Raises `CompileError` with one sentence where a config does not fit on it."""
+) -> Iterator[Launch]:
+    """Each kernel of a formula with the types of its arguments, those of contiguous operands."""
     known = dict(kinds or {})
     sizes: dict[str, Any] = {"head_dim": head_dim, "v_head_dim": v_head_dim or head_dim, "dtype": dtype, "kinds": known}
-    found = []
     for name in kernels:
         module = loaded(source(formula, blocks, **sizes, backward=name != "forward"), "triton")
         kernel = getattr(module, name)
@@ -44,8 +40,14 @@ def binaries(
         # As of contiguous tensors of these head sizes: what a launch sees by itself.
         whole = [a for a, text in signature.items() if text[0] == "*" or re.fullmatch(r"[qkvo]_[bhmn]", a)]
         divisible = whole if head_dim % 16 == 0 and (v_head_dim or head_dim) % 16 == 0 else []
-        found.append(compile_ahead(kernel, signature, constants, target, divisible=divisible, **blocks.options))
-    return found
+        yield Launch(kernel, signature, constants, divisible)
+
+
+def binaries(formula: Formula, blocks: Blocks, target: str, **sizes: Any) -> list[Binary]:
+    """What each kernel is on this target; `sizes` as of `launches`. Raises `CompileError` with one sentence where a
+    config does not fit on it.
+    """
+    return [each.compiled(target, **blocks.options) for each in launches(formula, blocks, **sizes)]
 
 
 def _type(argument: str, dtype: torch.dtype, kinds: Mapping[str, Kind]) -> str:

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from rewriter.codegen.ahead import SHARED_KIB, Binary, CompileError, parse_target
-from rewriter.codegen.compiled import KERNELS, binaries
+from rewriter.codegen.compiled import binaries
 from rewriter.codegen.formula import Formula, of_mask
-from rewriter.codegen.fragments import Blocks
+from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
 from rewriter.site import Causal, SlidingWindow
 

@@ -16,6 +16,8 @@ from rewriter.codegen.formula import Formula
 from rewriter.codegen.source import interpreted, rendered
 from rewriter.errors import OptionError
 
+KERNELS = ("forward", "backward_keys", "backward_queries")
+
 
 @dataclass(frozen=True)
 class Blocks:

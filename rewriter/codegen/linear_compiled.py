@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
 
-from rewriter.codegen.ahead import Binary, compile_ahead
+from rewriter.codegen.ahead import Binary, Launch
 from rewriter.codegen.linear_formula import LinearFormula
-from rewriter.codegen.linear_fragments import LinearBlocks, source
+from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks, source
 from rewriter.codegen.source import loaded
-
-FORWARD = ("states_of", "passed", "outputs", "step")
-BACKWARD = ("d_states_of", "backward_queries", "backward_keys", "backward_values")
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _OPERANDS = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
 _SINGLE = ("gates", "states", "initial", "final", "norms", "rates", "deltas", "d_states", "d_gates")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What `compile_ahead` wants to know of a kernel."""
-
-    kernel: JITFunction[Any]
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible: tuple[str, ...]
 
 
 def launches(
@@ -76,10 +61,7 @@ def binaries(formula: LinearFormula, blocks: LinearBlocks, target: str, **sizes:
     """What each kernel is on this target; `sizes` as of `launches`. Raises `CompileError` with one sentence where a
     config does not fit on it.
     """
-    return [
-        compile_ahead(each.kernel, each.signature, each.constants, target, divisible=each.divisible, **blocks.options)
-        for each in launches(formula, blocks, **sizes)
-    ]
+    return [each.compiled(target, **blocks.options) for each in launches(formula, blocks, **sizes)]
 
 
 def _type(argument: str, dtype: torch.dtype) -> str:

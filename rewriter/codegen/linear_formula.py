@@ -40,6 +40,7 @@ class LinearFormula:
     decay       in logarithms <= 0, a tensor of each call: "head" (H,), "token" (B, H, N), "channel" (B, H, N, F)
     normalised  divide by the sum of the weights?
     causal      else every query sees every key, without decay
+    features    the size of a phi(q) that is passed, where it is not that of q: a map that mixes channels is not traced
 
     Retention (arXiv:2307.08621) and lightning attention (arXiv:2405.17381): "head". Mamba-2 (arXiv:2405.21060):
     "token". Gated linear attention (arXiv:2312.06635): "channel".
@@ -52,6 +53,7 @@ class LinearFormula:
     normalised: bool = False
     eps: float = 1e-6
     causal: bool = True
+    features: int | None = None
 
     def __post_init__(self) -> None:
         if not self.causal and self.decay != "none":

@@ -15,6 +15,9 @@ from rewriter.codegen.fragments import check_powers, power
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.source import interpreted, rendered
 
+FORWARD = ("states_of", "passed", "outputs", "step")
+BACKWARD = ("d_states_of", "backward_queries", "backward_keys", "backward_values")
+
 FLAT = 1024
 """Numbers of a state that one program passes on."""
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from rewriter.codegen.ahead import SHARED_KIB
 from rewriter.codegen.blocks import Runs, lists_of, promising, work
-from rewriter.codegen.compiled import KERNELS
 from rewriter.codegen.configs import candidates, default, with_splits
 from rewriter.codegen.expression import Expression, kinds_of
 from rewriter.codegen.formula import Formula
-from rewriter.codegen.fragments import Blocks, captured, source
+from rewriter.codegen.fragments import KERNELS, Blocks, captured, source
 from rewriter.codegen.source import loaded
 from rewriter.errors import OptionError
 from rewriter.target import Target

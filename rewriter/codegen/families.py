@@ -1,0 +1,105 @@
+"""What a formula at a site becomes, of either family of kernels: sources, configs, and binaries for other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rewriter.codegen import cpp, fragments, linear_fragments, native
+from rewriter.codegen.expression import Kind
+from rewriter.codegen.formula import Formula, tokens
+from rewriter.codegen.fragments import KERNELS, Blocks
+from rewriter.codegen.linear_formula import LinearFormula
+from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks
+from rewriter.errors import OptionError
+from rewriter.site import AttentionSite, Padding
+
+if TYPE_CHECKING:
+    from rewriter.codegen.ahead import Binary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The kernels of one formula at one site.
+
+    names    in the order in which they run
+    config   what a config is made of: a dataclass of whole numbers
+    default  (kernel, target) -> the config that is shipped
+    triton   config -> the source of all kernels
+    cpp      the source for a CPU; OptionError where none is generated
+    binary   (kernel, config, target) -> what the kernel is there; CompileError where it does not fit
+    """
+
+    names: tuple[str, ...]
+    config: type[Any]
+    default: Callable[[str, str], Any]
+    triton: Callable[[Any], str]
+    cpp: Callable[[], str]
+    binary: Callable[[str, Any, str], Binary]
+
+
+def kernels_of(formula: Formula | LinearFormula, site: AttentionSite) -> Kernels:
+    """Those of the formula's family."""
+    return _linear(formula, site) if isinstance(formula, LinearFormula) else _softmax(formula, site)
+
+
+def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
+    sizes: dict[str, Any] = {"head_dim": site.head_dim, "v_head_dim": site.v_head_dim, "dtype": _dtype(site)}
+    kinds: dict[str, Kind] = {}
+    types: dict[str, torch.dtype] = {}
+    if site.mask.has(Padding):  # a tensor of each call
+        formula = replace(formula, masks=(*formula.masks, tokens))
+        kinds, types = {"padding": "bool"}, {"padding": torch.bool}
+
+    def default(kernel: str, target: str) -> Blocks:
+        from rewriter.codegen.configs import default
+
+        return default(target, kernel, site.head_dim)
+
+    def binary(kernel: str, blocks: Blocks, target: str) -> Binary:
+        from rewriter.codegen.compiled import binaries
+
+        return binaries(formula, blocks, target, **sizes, kinds=kinds, kernels=(kernel,))[0]
+
+    return Kernels(
+        names=KERNELS,
+        config=Blocks,
+        default=default,
+        triton=lambda blocks: fragments.source(formula, blocks, **sizes, kinds=kinds),
+        cpp=lambda: native.source(cpp.spec_of(formula, **sizes, tensors=types)),
+        binary=binary,
+    )
+
+
+def _linear(formula: LinearFormula, site: AttentionSite) -> Kernels:
+    sizes: dict[str, Any] = {
+        "features": formula.features or site.head_dim,
+        "values": site.v_head_dim,
+        "dtype": _dtype(site),
+        "padded": site.mask.has(Padding),
+    }
+
+    def unwritten() -> str:
+        raise OptionError("on a CPU this one runs in chunks of PyTorch's own products: no C++ is generated for it")
+
+    def binary(kernel: str, blocks: LinearBlocks, target: str) -> Binary:
+        from rewriter.codegen.linear_compiled import binaries
+
+        return binaries(formula, blocks, target, **sizes, kernels=(kernel,))[0]
+
+    return Kernels(
+        names=FORWARD + BACKWARD,
+        config=LinearBlocks,
+        default=lambda kernel, target: LinearBlocks.of(sizes["dtype"]),  # kernels of one call share their chunks
+        triton=lambda blocks: linear_fragments.source(formula, blocks, **sizes),
+        cpp=unwritten,
+        binary=binary,
+    )
+
+
+def _dtype(site: AttentionSite) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, site.dtype)
+    return dtype

@@ -1,0 +1,109 @@
+"""`rewriter kernels show | compile`: both families of kernels, for every variant that has a formula."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rewriter import cli
+from rewriter.codegen.families import Kernels, kernels_of
+from rewriter.site import Padding
+from rewriter.target import Target
+from rewriter.variant import Variant, variants
+
+pytest.importorskip("triton")
+
+CPU = Target.current()
+FORMULAS = {name: each for name, each in variants().items() if each.formula is not None}
+EVERY_FORMULA = pytest.mark.parametrize("variant", FORMULAS.values(), ids=FORMULAS)
+
+
+def made(variant: Variant, number: int = 0, **facts: Any) -> Kernels:
+    """For one of the variant's cases."""
+    assert variant.formula is not None
+    case = variant.cases[number]
+    site = replace(case.site, **facts)
+    config = next(iter(case.configs or variant.configs(site, CPU)))
+    return kernels_of(variant.formula(site, config), site)
+
+
+def functions(text: str) -> set[str]:
+    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+@EVERY_FORMULA
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_sources_hold_the_named_kernels(variant: Variant, target: str) -> None:
+    for number in range(len(variant.cases)):
+        kernels = made(variant, number)
+        for name in kernels.names:
+            assert name in functions(kernels.triton(kernels.default(name, target)))
+
+
+@EVERY_FORMULA
+def test_padding_is_read(variant: Variant) -> None:
+    """Nothing is dropped silently: what a call passes is an argument of the kernels."""
+    mask = variant.cases[0].site.mask
+    plain, padded = made(variant), made(variant, mask=mask & Padding())
+    name = plain.names[0]
+    read = "padding + j", "in_padding +"
+    assert not any(each in plain.triton(plain.default(name, "sm_90")) for each in read)
+    assert any(each in padded.triton(padded.default(name, "sm_90")) for each in read)
+
+
+@EVERY_FORMULA
+def test_show(variant: Variant, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "show", "--variant", variant.name, "--head-dim", "40"]) == 0
+    assert made(variant).names[0] in functions(capsys.readouterr().out)
+
+
+def test_features_that_are_passed_have_their_own_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "show", "--variant", "linear", "--head-dim", "48", "--v-head-dim", "32"]) == 0
+    text = capsys.readouterr().out
+    assert "FEATURES = tl.constexpr(96)" in text and "VALUES = tl.constexpr(32)" in text
+
+
+def test_cpp_where_it_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["kernels", "show", "--target", "cpu", "--mask", "causal(0) & padding", "--variant"]
+    assert cli.run([*command, "sdpa"]) == 0
+    assert "in_padding" in capsys.readouterr().out
+    assert cli.run([*command, "linear"]) == 2
+    assert "no C++ is generated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["original"], "no variant 'original' with a formula: choose among linear, sdpa, sliding_window"),
+        (["sdpa", "--dtype", "int8"], "'int8' is none of float32"),
+        (["sdpa", "--mask", "diagonal"], "not a mask"),
+        (["linear", "--mask", "sliding_window(3,0)"], "linear does not apply: a running sum can be causal or full"),
+        (["sliding_window", "--config", "width=3"], "no setting 'width': window, sinks"),
+        (["sdpa", "--blocks", "64,x"], "'64,x' is not block_m,block_n,num_warps,num_stages"),
+        (["linear", "--blocks", "1,2,3,4,5,6"], "is not chunk,block_f,block_e,num_warps,num_stages"),
+        (["linear", "--blocks", "24"], "chunk is 24; it must be a power of two"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(given: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "show", "--variant", *given]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
+@EVERY_FORMULA
+def test_compile(variant: Variant, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["kernels", "compile", "--variant", variant.name, "--target", "sm_90"]
+    assert cli.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kernels"]
+    assert [each["kernel"] for each in found] == list(made(variant).names)
+    for each in found:
+        assert each["target"] == "sm_90" and each["registers"] <= 255
+        assert each["loop"] is None or any(name.startswith("HGMMA") for name in each["loop"]["tensor_core"])
+    assert cli.run(command) == 0  # out of the cache
+    table = capsys.readouterr().out
+    assert table.count("main loop") == len(found) and "HGMMA" in table
