@@ -14,9 +14,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from rewriter.codegen.configs import default  # noqa: E402
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, tokens  # noqa: E402
 from rewriter.codegen.fragments import Blocks  # noqa: E402
-from rewriter.codegen.softmax import SoftmaxKernel  # noqa: E402
+from rewriter.codegen.softmax import SoftmaxKernel, kernels_of  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
 
@@ -235,3 +236,22 @@ def test_a_call_without_its_tensors() -> None:
         SoftmaxKernel(Formula(scores=(alibi,)), SMALL)(q, q, q, 1.0)
     with pytest.raises(OptionError, match="2 axes and is read at 1"):
         SoftmaxKernel(Formula(scores=(alibi,)), SMALL)(q, q, q, 1.0, slopes=torch.randn(1, 1, device=DEVICE))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_configs_worth_a_measurement(target: str) -> None:
+    """What is shipped comes first; of a narrow window smaller blocks follow, which compute the same."""
+    formula = Formula((near,), numbers={"window": 5})
+    long = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16)
+    shipped, *others = kernels_of(formula, {}, long, long, target)
+    assert not shipped.blocks
+    assert others
+    most = default(target, "forward", 64)
+    assert all(
+        each.blocks["forward"].block_m * each.blocks["forward"].block_n < most.block_m * most.block_n for each in others
+    )
+    query, key, value = (torch.randn(1, 2, 70, 16, device=DEVICE) for _ in range(3))
+    out = others[0](query, key, value, 0.25)
+    assert error(out, formula.reference(query, key, value, 0.25)) <= tolerance(torch.float32)
+    assert len(kernels_of(formula, {}, long[:, :, :1], long, target)) == 1, "a step of decoding has its own config"
+    assert len(kernels_of(formula, {}, long, long, "sm_1")) == 1, "of an unknown target no limits are known"
