@@ -170,16 +170,19 @@ def test_gradients_take_the_plain_way() -> None:
 
 def test_blocks_follow_the_mask() -> None:
     """Of a narrow window small blocks visit less, of all keys they only cost more."""
-    query = torch.randn(1, 1, 4096, 64)
+    query = torch.randn(1, 8, 4096, 64)
     narrow, *others = cpp.sizes(Formula((near,), numbers={"window": 24}), query, query, {})
     assert narrow == (64, 64)
     assert others
     assert all(m * n < 64 * 64 for m, n in others)
     assert cpp.sizes(Formula(), query, query, {}) == [(64, 64)]
+    short = query[:, :, :256]
+    assert cpp.sizes(Formula((near,), numbers={"window": 24}), short, short, {}) == [(64, 64)], "not worth a build"
 
 
 def test_the_best_config_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [3.0, 3.0, 1.0, 2.0][: len(times)])
+    monkeypatch.setattr(cpp, "_WORTH", 0)
     formula = Formula((near,), numbers={"window": 24})
     run = []
     kernel = native.Kernel.__call__

@@ -24,6 +24,8 @@ _DEFAULT = (64, 64)
 _BLOCKS = (16, 32, 64, 128)
 # Fitted to a causal window of 256 in float32 on AVX-512: with blocks of 32 x 32 to 128 x 128 within 2% of the measured.
 _PER_KEY, _PER_QUERY = 5.8, 2.1
+_WORTH = 1 << 21
+"""Scores of a call, some 2 ms, below which no build of seconds is spent on better blocks."""
 
 
 def spec_of(
@@ -61,11 +63,13 @@ def kernel(
 
 def sizes(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     """(block_m, block_n) worth a measurement: the default, and those that promise less work for this mask."""
-    return promising(
-        _DEFAULT,
-        itertools.product(_BLOCKS, _BLOCKS),
-        lambda size: work(formula, query, key, tensors, *size, per_key=_PER_KEY, per_query=_PER_QUERY),
-    )
+
+    def cost(size: tuple[int, int]) -> float:
+        return work(formula, query, key, tensors, *size, per_key=_PER_KEY, per_query=_PER_QUERY)
+
+    if query.shape[0] * query.shape[1] * cost(_DEFAULT) < _WORTH:
+        return [_DEFAULT]
+    return promising(_DEFAULT, itertools.product(_BLOCKS, _BLOCKS), cost)
 
 
 def operands(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
