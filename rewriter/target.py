@@ -27,8 +27,9 @@ class Target:
     @staticmethod
     def current(device: str | Device = "cpu") -> Target:
         """The target that `device` is on this machine."""
-        kind = torch.device(device).type
+        kind, processor = torch.device(device).type, None
         if kind == "cuda" and torch.cuda.is_available():
+            processor = torch.cuda.get_device_name(device)
             capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         elif kind == "cpu":
             capability = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
@@ -40,7 +41,7 @@ class Target:
             triton = None
         return Target(
             device=kind,
-            processor=_processor(kind),
+            processor=processor or _cpu(),
             capability=capability,
             torch=torch.__version__,
             triton=triton,
@@ -53,10 +54,8 @@ class Target:
 
 
 @cache
-def _processor(kind: str) -> str:
+def _cpu() -> str:
     """The model, as the system names it: two of one capability differ in speed."""
-    if kind == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     listed = Path("/proc/cpuinfo")
     if not listed.exists():
         return platform.processor()

@@ -17,20 +17,9 @@ from rewriter.errors import OptionError
 from rewriter.guard import error, tolerance
 from rewriter.site import AttentionSite, Causal, Refusal
 from rewriter.variant import variants
+from tests.formulas import alibi, near, same_segment
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
-
-
-def near(i: Any, j: Any, window: int) -> Any:
-    return (i - j < window) & (j <= i)
-
-
-def segments(b: Any, i: Any, j: Any, segment: Any) -> Any:
-    return segment[b, i] == segment[b, j]
-
-
-def alibi(s: Any, h: Any, i: Any, j: Any, slopes: Any) -> Any:
-    return s - slopes[h] * (i - j).abs()
 
 
 def relative(s: Any, h: Any, i: Any, j: Any, table: Any) -> Any:
@@ -56,7 +45,7 @@ CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
         {"slopes": torch.rand(4)},
     ),
     "all operations": (Formula(scores=(wavy,)), {}, {}),
-    "segments": (Formula((segments,)), {}, {"segment": torch.randint(0, 3, (2, 133)).sort(-1).values}),
+    "segments": (Formula((same_segment,)), {}, {"segment": torch.randint(0, 3, (2, 133)).sort(-1).values}),
     "padding": (Formula((tokens,)), {}, {"padding": torch.rand(2, 133) < 0.5}),
     "bool mask": (Formula((shown,)), {}, {"mask": torch.rand(2, 1, 117, 133) < 0.5}),
     "bias": (Formula(scores=(biased,)), {}, {"bias": torch.randn(1, 4, 117, 133)}),

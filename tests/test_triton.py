@@ -17,9 +17,10 @@ triton = pytest.importorskip("triton")
 from rewriter.codegen.configs import default  # noqa: E402
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, tokens  # noqa: E402
 from rewriter.codegen.fragments import Blocks  # noqa: E402
-from rewriter.codegen.softmax import SoftmaxKernel, kernels_of  # noqa: E402
+from rewriter.codegen.softmax import SoftmaxKernel, contenders  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
+from tests.formulas import alibi, near, same_segment  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -33,18 +34,6 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def near(i: Any, j: Any, window: int) -> Any:
-    return (i - j < window) & (j <= i)
-
-
-def same_segment(b: Any, i: Any, j: Any, segment: Any) -> Any:
-    return segment[b, i] == segment[b, j]
-
-
-def alibi(s: Any, h: Any, i: Any, j: Any, slopes: Any) -> Any:
-    return s - slopes[h] * (i - j).abs()
 
 
 def relative(s: Any, h: Any, i: Any, j: Any, table: Any) -> Any:
@@ -243,7 +232,7 @@ def test_configs_worth_a_measurement(target: str) -> None:
     """What is shipped comes first; of a narrow window smaller blocks follow, which compute the same."""
     formula = Formula((near,), numbers={"window": 5})
     long = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16)
-    shipped, *others = kernels_of(formula, {}, long, long, target)
+    shipped, *others = contenders(formula, {}, long, long, target)
     assert not shipped.blocks
     assert others
     most = default(target, "forward", 64)
@@ -253,5 +242,5 @@ def test_configs_worth_a_measurement(target: str) -> None:
     query, key, value = (torch.randn(1, 2, 70, 16, device=DEVICE) for _ in range(3))
     out = others[0](query, key, value, 0.25)
     assert error(out, formula.reference(query, key, value, 0.25)) <= tolerance(torch.float32)
-    assert len(kernels_of(formula, {}, long[:, :, :1], long, target)) == 1, "a step of decoding has its own config"
-    assert len(kernels_of(formula, {}, long, long, "sm_1")) == 1, "of an unknown target no limits are known"
+    assert len(contenders(formula, {}, long[:, :, :1], long, target)) == 1, "a step of decoding has its own config"
+    assert len(contenders(formula, {}, long, long, "sm_1")) == 1, "of an unknown target no limits are known"

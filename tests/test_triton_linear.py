@@ -21,7 +21,7 @@ from rewriter.codegen.linear_fragments import LinearBlocks, source  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
 from rewriter.kernels.linear.linear import VARIANT as LINEAR  # noqa: E402
-from rewriter.kernels.linear.linear import features  # noqa: E402
+from rewriter.kernels.linear.linear import features, signed  # noqa: E402
 from rewriter.site import Causal, Full, Mask, Padding  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -228,8 +228,8 @@ def test_maps_that_mix_channels_come_before_the_kernel(mask: Mask) -> None:
     query, key, value = (torch.randn(2, heads, 40, 16, device=DEVICE) for heads in (6, 2, 2))
     padding = torch.rand(2, 40, device=DEVICE) < 0.7 if mask.has(Padding) else None
     expected = LINEAR.reference(query, key, value, None, padding, site, {}, module=module)
-    phi_q = features(query, module.root * module.query_map)
-    phi_k = features(key.repeat_interleave(3, 1), module.root * module.key_map)
+    phi_q = features(query, signed(module.root * module.query_map))
+    phi_k = features(key.repeat_interleave(3, 1), signed(module.root * module.key_map))
     assert phi_q.shape[3] == module.formula.features
     out, _ = LinearKernel(module.formula, SMALL)(phi_q, phi_k, value, 1.0, padding=padding)
     for each in (out, module(query, key, value, None, padding)):

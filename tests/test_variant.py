@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import rewriter.kernels
 from rewriter import variant as module
@@ -113,3 +114,11 @@ def test_a_kept_site_is_taken_by_nothing_but_the_original() -> None:
     assert isinstance(refusal, Refusal)
     assert "weights_used, squared" in refusal.reason and refusal.path == "a"
     assert variants()[ORIGINAL].takes(site, Target.current()) is True
+
+
+def test_the_processor_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"cuda:0": "a large one", "cuda:1": "a small one"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[str(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert [Target.current(device).processor for device in names] == list(names.values())

@@ -26,9 +26,13 @@ from rewriter.variant import Case, Config, Implementation, Variant
 _EPS = 1e-6  # a visible key weighs about 2 / D
 
 
-def features(x: Tensor, weight: Tensor) -> Tensor:
-    """phi: (B, H, S, D) with weights (H, D, D) -> (B, H, S, 2 D), positive, each half a distribution."""
-    both = torch.cat([weight, -weight], -2)
+def signed(weight: Tensor) -> Tensor:
+    """[W, -W]: (H, D, D) -> (H, 2 D, D)."""
+    return torch.cat([weight, -weight], -2)
+
+
+def features(x: Tensor, both: Tensor) -> Tensor:
+    """phi: (B, H, S, D) with `signed` weights (H, 2 D, D) -> (B, H, S, 2 D), positive, each half a distribution."""
     halves: Tensor = (x @ both.mT).unflatten(-1, (2, -1))
     return halves.softmax(-1).flatten(-2)
 
@@ -51,8 +55,8 @@ def reference(
 ) -> Tensor:
     """The definition with the whole matrix of weights: (B, H, Sq, Dv). A query that sees no key gives zeros."""
     groups, root = query.shape[1] // key.shape[1], math.sqrt(site.scale)
-    phi_q = features(root * query, module.query_map.to(query.dtype))
-    phi_k = features(root * key.repeat_interleave(groups, 1), module.key_map.to(query.dtype))
+    phi_q = features(root * query, signed(module.query_map.to(query.dtype)))
+    phi_k = features(root * key.repeat_interleave(groups, 1), signed(module.key_map.to(query.dtype)))
     seen = site.mask.visible(query.shape[2], key.shape[2], query.device)[None, None]
     if padding is not None:
         seen = seen & padding[:, None, None, :]
@@ -75,9 +79,8 @@ class LinearAttention(nn.Module):
         """`mask` is not read: the site's mask is causal or full, and `padding`."""
 
         def mapped(weight: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda x: features(
-                x.repeat_interleave(len(weight) // x.shape[1], 1), (self.root * weight).to(x.dtype)
-            )
+            both = signed(self.root * weight)
+            return lambda x: features(x.repeat_interleave(len(both) // x.shape[1], 1), both.to(x.dtype))
 
         maps = {"query_map": mapped(self.query_map), "key_map": mapped(self.key_map)}
         return linear_attention(self.formula, query, key, value, 1.0, **maps, padding=padding)

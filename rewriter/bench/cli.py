@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -11,6 +12,7 @@ from rewriter.errors import GuardError, OptionError
 from rewriter.terminal import JSON, Document, progress, stdout
 
 bench = typer.Typer(help="Measure the library itself.", no_args_is_help=True)
+Row = TypeVar("Row")
 
 
 @bench.command("detect")
@@ -30,14 +32,10 @@ def bench_detect(
     from rewriter.bench.isolated import stream
 
     options = Options(library=library, limit=limit, inductor=inductor, overhead=overhead, timeout=timeout)
-    total, results = len(chosen(file, options)), []
+    total = len(chosen(file, options))
     if total == 0:
         raise OptionError(f"{file} declares no models of {library}")
-    with progress() as advance:
-        advance("measuring", 0, total)
-        for measured in stream(serve, file, options):
-            results.append(measured)
-            advance("measuring", len(results), total)
+    results = _gathered("measuring", stream(serve, file, options), total)
     if markdown:
         print(tables.markdown(results))
     elif not as_json:
@@ -60,12 +58,7 @@ def bench_kernels(
     from rewriter.bench import tables
     from rewriter.bench.kernels import measured
 
-    rows: list[Any] = []
-    with progress() as advance:
-        advance("measuring", 0, None)
-        for row in measured(tokens=tokens, repeats=repeats, flex=flex):
-            rows.append(row)
-            advance("measuring", len(rows), None)
+    rows = _gathered("measuring", measured(tokens=tokens, repeats=repeats, flex=flex))
     if markdown:
         print(tables.kernels_markdown(rows))
     elif not as_json:
@@ -82,19 +75,25 @@ def bench_ahead(
     from rewriter.bench import tables
     from rewriter.bench.ahead import compiled, peer_kernel
 
-    rows: list[Any] = []
     peer, missing = None, None
     try:
         peer = peer_kernel()
     except OptionError as error:  # the generated kernel is looked at all the same
         missing = str(error)
-    with progress() as advance:
-        advance("compiling", 0, None)
-        for row in compiled(peer):
-            rows.append(row)
-            advance("compiling", len(rows), None)
+    rows = _gathered("compiling", compiled(peer))
     if markdown:
         print(tables.ahead_markdown(rows, missing))
     elif not as_json:
         tables.print_ahead(rows, missing, stdout())
     return {"rows": [row.to_json() for row in rows], "missing": missing}
+
+
+def _gathered(stage: str, rows: Iterable[Row], total: int | None = None) -> list[Row]:
+    """All of them, with a bar while they come."""
+    gathered: list[Row] = []
+    with progress() as advance:
+        advance(stage, 0, total)
+        for row in rows:
+            gathered.append(row)
+            advance(stage, len(gathered), total)
+    return gathered

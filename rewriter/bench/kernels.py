@@ -68,6 +68,10 @@ def _operands(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def _fused(operands: tuple[Tensor, Tensor, Tensor], *, causal: bool) -> Callable[[], Tensor]:
+    return lambda: F.scaled_dot_product_attention(*operands, is_causal=causal)
+
+
 def _site(tokens: int, dtype: torch.dtype, mask: Any) -> AttentionSite:
     return AttentionSite(
         path="bench", heads=HEADS, kv_heads=HEADS, head_dim=WIDTH, v_head_dim=WIDTH, dtype=str(dtype)[6:],
@@ -93,14 +97,14 @@ def _agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def _window(tokens: int, dtype: torch.dtype, flex: bool) -> Runs:
-    query, key, value = _operands(tokens, dtype)
+    query, key, value = operands = _operands(tokens, dtype)
     variant = variants()["sliding_window"]
     config = {"window": WINDOW, "sinks": 0}
     gather: Any = variant.build(_site(tokens, dtype, Causal()), config)
     masks, numbers = of_mask(Causal() & SlidingWindow(WINDOW - 1, None))
     runs: Runs = {
-        "SDPA, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
-        "SDPA, full": lambda: F.scaled_dot_product_attention(query, key, value),
+        "SDPA, causal": _fused(operands, causal=True),
+        "SDPA, full": _fused(operands, causal=False),
         "block gather": lambda: gather.plain(query, key, value, None, None),
         "generated C++": native(Formula(masks, numbers=numbers), query, key, value),
     }
@@ -122,7 +126,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
 
 def _block_sparse(tokens: int, dtype: torch.dtype) -> tuple[Runs, float]:
     """And the share of the scores that is kept."""
-    query, key, value = _operands(tokens, dtype)
+    operands = _operands(tokens, dtype)
     blocks = tokens // _BLOCK
     table = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.1
     table.fill_diagonal_(True)
@@ -131,18 +135,18 @@ def _block_sparse(tokens: int, dtype: torch.dtype) -> tuple[Runs, float]:
         return table[i // _BLOCK, j // _BLOCK]
 
     runs: Runs = {
-        "SDPA, full": lambda: F.scaled_dot_product_attention(query, key, value),
-        "generated C++": native(Formula((listed,)), query, key, value, table=table),
+        "SDPA, full": _fused(operands, causal=False),
+        "generated C++": native(Formula((listed,)), *operands, table=table),
     }
     return runs, float(table.float().mean())
 
 
 def _dense(tokens: int, dtype: torch.dtype) -> Runs:
-    query, key, value = _operands(tokens, dtype)
-    fused = variants()["sdpa"].build(_site(tokens, dtype, Causal()), {})
+    operands = _operands(tokens, dtype)
+    chosen = variants()["sdpa"].build(_site(tokens, dtype, Causal()), {})
     return {
-        "SDPA, causal": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
-        "sdpa, as chosen": lambda: fused(query, key, value, None, None),
+        "SDPA, causal": _fused(operands, causal=True),
+        "sdpa, as chosen": lambda: chosen(*operands, None, None),
     }
 
 
@@ -150,16 +154,15 @@ def _linear(tokens: int, dtype: torch.dtype, beside: bool) -> Runs:
     """Of another function than the softmax's, whose time is what counts here; alone where SDPA would take minutes. Its
     last queries agree with its definition.
     """
-    query, key, value = _operands(tokens, dtype)
+    query, key, value = operands = _operands(tokens, dtype)
     variant, site = variants()["linear"], _site(tokens, dtype, Causal())
     mapped = variant.build(site, {})
     with torch.no_grad():
         last = query[:, :, -_BLOCK:].float(), key.float(), value.float()
         expected = variant.reference(*last, None, None, site, {}, module=mapped)
         _agrees(mapped(query, key, value, None, None)[:, :, -_BLOCK:].float(), expected, dtype)
-    alone: Runs = {"linear, chunked": lambda: mapped(query, key, value, None, None)}
-    fused = lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True)  # noqa: E731
-    return {"SDPA, causal": fused, **alone} if beside else alone
+    alone: Runs = {"linear, chunked": lambda: mapped(*operands, None, None)}
+    return {"SDPA, causal": _fused(operands, causal=True), **alone} if beside else alone
 
 
 def _timed(case: str, tokens: int, dtype: torch.dtype, repeats: int, runs: Runs, ideal: float | None) -> Iterator[Row]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rewriter.codegen import cpp, fragments, linear_fragments, native
 from rewriter.codegen.expression import Kind
-from rewriter.codegen.formula import Formula, tokens
+from rewriter.codegen.formula import Formula, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks
@@ -51,7 +51,7 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     kinds: dict[str, Kind] = {}
     types: dict[str, torch.dtype] = {}
     if site.mask.has(Padding):  # a tensor of each call
-        formula = replace(formula, masks=(*formula.masks, tokens))
+        formula = reading(formula, ("padding",))
         kinds, types = {"padding": "bool"}, {"padding": torch.bool}
 
     def default(kernel: str, target: str) -> Blocks:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -182,7 +182,7 @@ def shown(b: Any, h: Any, row: Any, j: Any, mask: Any) -> Any:
 
 
 def of_site(site: AttentionSite) -> Formula:
-    """What a site computes, but for the tensors that a call passes."""
+    """What a site computes, but for the tensors that a call passes: `passed` and `reading`."""
     masks, numbers = of_mask(site.mask)
     scores: tuple[IndexFunction, ...] = ()
     if site.softcap is not None:
@@ -199,6 +199,23 @@ def capped(s: Any, softcap: float) -> Any:
 def biased(s: Any, b: Any, h: Any, row: Any, j: Any, bias: Any) -> Any:
     """A tensor (B, H, Sq, Skv) that is added; axes of size 1 serve all."""
     return s + bias[b, h, row, j]
+
+
+def passed(mask: Tensor | None, padding: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of one call by the names at which they are read: `padding`, and a mask of up to four axes that is
+    bool (`mask`) or added (`bias`).
+    """
+    tensors = {} if padding is None else {"padding": padding}
+    if mask is not None:
+        tensors["mask" if mask.dtype == torch.bool else "bias"] = mask[(None,) * (4 - mask.dim())]
+    return tensors
+
+
+def reading(formula: Formula, names: Collection[str]) -> Formula:
+    """The formula with what reads the tensors of these names, as `passed` gives them."""
+    masks = tuple(function for name, function in (("padding", tokens), ("mask", shown)) if name in names)
+    scores = (biased,) if "bias" in names else ()
+    return replace(formula, masks=formula.masks + masks, scores=formula.scores + scores)
 
 
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 from uuid import uuid4
@@ -20,7 +19,7 @@ from torch.autograd import forward_ad
 
 from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
-from rewriter.codegen.formula import Formula, biased, shown, tokens
+from rewriter.codegen.formula import Formula, passed, reading
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, Implementation
@@ -39,7 +38,8 @@ def defined(formula: FormulaOf) -> Callable[..., Tensor]:
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, *rest: Any
     ) -> Tensor:
         *sink, site, config = rest
-        whole, tensors = completed(formula(site, config), mask, padding)
+        tensors = passed(mask, padding)
+        whole = reading(formula(site, config), tensors)
         return whole.reference(query, key, value, site.scale, sink=sink[0] if sink else None, **tensors)
 
     return reference
@@ -67,18 +67,9 @@ def generated(formula: FormulaOf, plain: Build | None = None) -> Build:
     return build
 
 
-def completed(formula: Formula, mask: Tensor | None, padding: Tensor | None) -> tuple[Formula, dict[str, Tensor]]:
-    """The formula with the tensors of one call: padding, and a mask that is bool or added."""
-    tensors: dict[str, Tensor] = {}
-    if padding is not None:
-        formula, tensors["padding"] = replace(formula, masks=(*formula.masks, tokens)), padding
-    if mask is not None:
-        whole = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
-        if mask.dtype == torch.bool:
-            formula, tensors["mask"] = replace(formula, masks=(*formula.masks, shown)), whole
-        else:
-            formula, tensors["bias"] = replace(formula, scores=(*formula.scores, biased)), whole
-    return formula, tensors
+def traced(query: Tensor) -> bool:
+    """Does this call become part of a graph? No kernel can be launched then, and nothing be measured."""
+    return torch.compiler.is_dynamo_compiling() or is_fake(query)
 
 
 class Generated:
@@ -98,7 +89,7 @@ class Generated:
         on_gpu = query.device.type == "cuda"
         if learned and not on_gpu:
             return self.plain(*given)
-        if torch.compiler.is_dynamo_compiling() or is_fake(query):  # one node in the graph, measured when it runs
+        if traced(query):  # one node in the graph, measured when it runs
             out: Tensor = attend(query, key, value, mask, padding, sink[0] if sink else None, self.name)
             return out
         if _transformed(given):
@@ -122,7 +113,8 @@ class Generated:
     def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
         """Generated C++, each with a text that says which; nothing without a compiler."""
         query, key, value, mask, padding, *_ = given
-        formula, tensors = completed(self.formula, mask, padding)
+        tensors = passed(mask, padding)
+        formula = reading(self.formula, tensors)
         for size in cpp.sizes(formula, query, key, tensors):
             made = cpp.attention(formula, query, value, tensors, size)
             if isinstance(made, Refusal):
@@ -131,38 +123,37 @@ class Generated:
 
     def _on_gpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
         """Generated Triton, each with a text that says which."""
-        from rewriter.codegen.softmax import kernels_of
+        from rewriter.codegen.softmax import contenders
 
         query, key, _, mask, padding, *_ = given
-        for made in kernels_of(*completed(self.formula, mask, padding), query, key):
+        tensors = passed(mask, padding)
+        for made in contenders(reading(self.formula, tensors), tensors, query, key):
             yield str(made), self._called(made)
 
     def _called(self, made: Callable[..., Tensor]) -> Implementation:
         """With the tensors of a call by their names."""
 
-        def attend(
+        def run(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
         ) -> Tensor:
-            _, tensors = completed(self.formula, mask, padding)
-            return made(query, key, value, self.site.scale, sink=sink[0] if sink else None, **tensors)
+            own = sink[0] if sink else None
+            return made(query, key, value, self.site.scale, sink=own, **passed(mask, padding))
 
-        return attend
+        return run
 
     def _measured(self, given: Any, sizes: tuple[Any, ...], made: dict[str, Implementation]) -> Implementation:
         from rewriter.tune.measure import alternate, medians
 
         device = given[0].device
         place = json.dumps([self.site.key(), *made, sizes, Target.current(device).to_json()])
-        taken = recall("attention", place)
-        everything = [self.plain, *made.values()]
+        candidates = {"plain": self.plain, **made}
+        taken: dict[str, float] | None = recall("attention, by name", place)
         if taken is None:
-            fitting = {number: run for number, each in enumerate(everything) if (run := _tried(each, given))}
+            fitting = {name: run for name, each in candidates.items() if (run := _tried(each, given))}
             times = medians(alternate(list(fitting.values()), repeats=3, budget=2.0))
-            taken = [dict(zip(fitting, times, strict=True)).get(number) for number in range(len(everything))]
-            remember("attention", place, taken)
-        return min(zip(taken, everything, strict=True), key=lambda pair: float("inf") if pair[0] is None else pair[0])[
-            1
-        ]
+            taken = dict(zip(fitting, times, strict=True))
+            remember("attention, by name", place, taken)
+        return candidates[min(taken, key=taken.__getitem__, default="plain")]
 
 
 def _tried(candidate: Implementation, given: Any) -> Callable[[], object] | None:
@@ -233,9 +224,7 @@ def attend(
 
 
 @attend.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, sink: Any, name: str
-) -> Tensor:  # fmt: skip
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, sink: Any, name: str) -> Tensor:
     batch, heads, q_len, _ = query.shape
     return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
 

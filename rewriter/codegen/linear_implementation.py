@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
+from rewriter.codegen.implementation import traced
 from rewriter.codegen.linear_cpu import Map, scan
 from rewriter.codegen.linear_formula import LinearFormula
 
@@ -29,8 +29,7 @@ def linear_attention(
     early = max(query.shape[2] - key.shape[2], 0) if formula.causal else 0  # queries that see no key
     if early:
         query = query[:, :, early:]
-    traced = torch.compiler.is_dynamo_compiling() or is_fake(query)  # no kernel can be launched then
-    if query.device.type == "cuda" and query.dtype != torch.float64 and not traced:
+    if query.device.type == "cuda" and query.dtype != torch.float64 and not traced(query):
         from rewriter.codegen.linear import LinearKernel
 
         out = LinearKernel(formula)(query_map(query), key_map(key), value, scale, padding=padding)[0]

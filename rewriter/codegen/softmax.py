@@ -68,7 +68,7 @@ class SoftmaxKernel:
         )  # fmt: skip
 
 
-def kernels_of(
+def contenders(
     formula: Formula, tensors: Mapping[str, Tensor], query: Tensor, key: Tensor, target: str | None = None
 ) -> list[SoftmaxKernel]:
     """The kernels of a formula that are worth a measurement: as shipped, and with those configs of the forward kernel
