@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rewriter import plan as plan_module
+from rewriter import planfile
 from rewriter.errors import OutputError, PlanError
 from rewriter.fingerprint import fingerprint
-from rewriter.plan import Decision, Plan, check_model
+from rewriter.plan import MIXED, Decision, HeadGroup, Plan, Tried, check_model
 
 
 class Model(nn.Module):
@@ -39,6 +39,24 @@ def decision(path: str = "layers.0", **facts: Any) -> Decision:
     return Decision(**(known | facts))
 
 
+def mixed(path: str) -> Decision:
+    return decision(
+        path,
+        variant=MIXED,
+        config={},
+        heads=(
+            HeadGroup(heads=(0, 2), variant="original"),
+            HeadGroup(heads=(1,), variant="window", config={"window": 8}),
+        ),
+        lengths=(512, 4096),
+        otherwise="sdpa",
+        tried=(
+            Tried(variant="window", config={"window": 8}, cost=1.5, error=0.25, effect=0.001),
+            Tried(variant="sdpa", cost=2.0),
+        ),
+    )
+
+
 def plan(*decisions: Decision, **facts: Any) -> Plan:
     known: dict[str, Any] = {
         "decisions": decisions or (decision(), decision("layers.1", variant="original", fidelity="exact", config={})),
@@ -54,7 +72,13 @@ def plan(*decisions: Decision, **facts: Any) -> Plan:
 
 
 def test_a_plan_comes_back_equal(tmp_path: Path) -> None:
-    made = plan(state={"layers.0.weight": torch.randn(3, 4).T, "layers.0.bias": torch.ones(2, dtype=torch.bfloat16)})
+    made = plan(
+        *plan().decisions,
+        mixed("layers.2"),
+        search={"front": [{"cost": 1.0}], "seconds": 2.5},
+        timings=({"what": "1x8", "original": 2.0},),
+        state={"layers.0.weight": torch.randn(3, 4).T, "layers.0.bias": torch.ones(2, dtype=torch.bfloat16)},
+    )
     assert made.save(tmp_path / "p.json") == tmp_path / "p.json"
     read = Plan.load(tmp_path / "p.json")
     assert read == made
@@ -115,7 +139,7 @@ def test_the_file_is_diffable(tmp_path: Path) -> None:
     one, two = (p.save(tmp_path / f"{i}.json").read_text() for i, p in enumerate((made, turned)))
     assert one == two and one.endswith("}\n") and one.count("\n") > 20
     raw = json.loads(one)
-    assert raw["format"] == 1 and list(raw)[-1] == "decisions"
+    assert raw["format"] == 2 and list(raw)[-1] == "decisions"
     assert list(raw["decisions"][0]) == [f.name for f in dataclasses.fields(Decision)]
     assert raw["decisions"][0]["evidence"] == {"z": 1.0}
 
@@ -125,6 +149,14 @@ def test_fidelity_is_the_worst() -> None:
     found = [decision(str(i), fidelity=kind) for i, kind in enumerate(kinds)]
     assert [plan(*found[: i + 1]).fidelity for i in range(3)] == list(kinds)
     assert plan(decisions=()).fidelity == "exact"
+
+
+def test_heads_that_differ_are_printed_as_runs() -> None:
+    groups = (
+        HeadGroup(heads=(0, 1, 2, 5), variant="original"),
+        HeadGroup(heads=(3, 4), variant="window", config={"w": 8}),
+    )
+    assert "heads 0-2, 5: original; heads 3-4: window(w=8)" in str(plan(decision(variant=MIXED, heads=groups)))
 
 
 def test_decisions_are_found_by_path() -> None:
@@ -232,13 +264,13 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
     if value is KeyError:
         del at[last]
     else:
-        at[last] = value
+        at[int(last) if last.isdigit() else last] = value
 
 
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        ("format", 2, "format is 2 and this version of rewriter reads 1"),
+        ("format", 1, "format is 1 and this version of rewriter reads 2"),
         ("format", "1", "format is '1'"),
         ("format", True, "format is True"),
         ("format", KeyError, "format is None"),
@@ -266,10 +298,22 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
         ("decisions/0/evidence/error", "small", "'error' in 'evidence' of decision 0 is a str"),
         ("decisions/0/evidence/error", True, "'error' in 'evidence' of decision 0 is a bool"),
         ("decisions/0/refused/linear", 1, "'linear' in 'refused' of decision 0 is a int"),
+        ("decisions/0/variant", "mixed", "says 'mixed' and lists 0 groups of heads"),
+        ("decisions/2/variant", "window", "says 'window' and lists 2 groups of heads"),
+        ("decisions/2/heads/0/heads", [0, 1], "do not hold every head once"),
+        ("decisions/2/heads/0/heads", [0.5], "'heads' in heads 0 of decision 2 are not numbers of heads"),
+        ("decisions/2/heads/1", "all", "heads 1 of decision 2 is not an object"),
+        ("decisions/2/heads/1/config/window", None, "'window' in 'config' of heads 1 of decision 2 is a NoneType"),
+        ("decisions/2/lengths", [9, 3], "'lengths' in decision 2 is not a pair"),
+        ("decisions/2/otherwise", KeyError, "decision 2 has no 'otherwise'"),
+        ("decisions/2/tried/0/cost", None, "'cost' in tried 0 of decision 2 is not a number"),
+        ("decisions/2/tried/0/error", "small", "'error' in tried 0 of decision 2 is not a number"),
+        ("search", [], "'search' in the plan is a list"),
+        ("timings", [1], "'timings' in the plan are not objects"),
     ],
 )
 def test_a_plan_edited_into_nonsense(tmp_path: Path, place: str, value: Any, sentence: str) -> None:
-    file = plan().save(tmp_path)
+    file = plan(*plan().decisions, mixed("layers.2")).save(tmp_path)
     raw = json.loads(file.read_text())
     edited(raw, place, value)
     file.write_text(json.dumps(raw))
@@ -282,7 +326,7 @@ def test_foreign_weights_with_a_right_hash(tmp_path: Path) -> None:
     file = plan(state={"a": torch.ones(2)}).save(tmp_path / "p.json")
     (tmp_path / "p.safetensors").write_bytes(b"rubbish")
     raw = json.loads(file.read_text())
-    raw["weights"]["sha256"] = plan_module.hashlib.sha256(b"rubbish").hexdigest()
+    raw["weights"]["sha256"] = planfile.hashlib.sha256(b"rubbish").hexdigest()
     file.write_text(json.dumps(raw))
     with pytest.raises(PlanError, match="not a safetensors file"):
         Plan.load(file)
