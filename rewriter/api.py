@@ -23,8 +23,10 @@ from rewriter.plan import Plan, check_model
 from rewriter.report import Report
 from rewriter.select import Selector, read_plan
 from rewriter.session import adopt, install, new_session, route, session_of, uninstall
+from rewriter.tune.deadline import Deadline
+from rewriter.tune.record import Progress
 from rewriter.tune.run import Request, tuned, untuned
-from rewriter.tune.search import Deadline, Progress, no_attention
+from rewriter.tune.search import no_attention
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rewriter import debug
 from rewriter.errors import OptionError, PlanError
 from rewriter.guard import error, tolerance
-from rewriter.plan import Decision, Plan
+from rewriter.mixture import ByHeads, ByLength, Outside, of_heads
+from rewriter.plan import FIDELITIES, Decision, HeadGroup, Plan
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
 from rewriter.site import POSITIONAL, AttentionSite, Causal, Full, Padding, Refusal
@@ -42,7 +43,8 @@ class Selector:
     decisions     by path; filled in for unknown sites when `decide_unknown`
     modules       the learned implementations by path
     state         their parameters, from a plan, as `<path, dots as __>.<parameter>`
-    notes         sentences about sites that run their original code although the plan says otherwise
+    notes         sentences about sites that run something else than what the plan says
+    outside       the calls of each path that are longer than what was measured
     """
 
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Selector:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    outside: dict[str, Outside] = field(default_factory=dict)
 
     @staticmethod
     def replaying(plan: Plan) -> Selector:
@@ -80,25 +83,64 @@ class Selector:
         """The decision's implementation where it is allowed at this site, else None and a note."""
         if decision.variant == ORIGINAL:
             return None
-        variant = variant_named(decision.variant)
-        instead = "it is computed exactly" if self.decide_unknown else "it runs its original code"
-        applies = variant.takes(site, Target.current(site.device))
-        if isinstance(applies, Refusal):
-            self.note(f"{site.path}: {decision.variant} does not apply here ({applies.reason}); {instead}")
-            return None
-        if variant.fidelity != "exact" and not fits(site, decision.site):
+        instead = "it is computed exactly" if self.decide_unknown else f"it runs {_in_words(decision.otherwise)}"
+        if decision.fidelity != "exact" and not fits(site, decision.site):
             self.note(
                 f"{site.path}: this call is not the one that the plan was made for ({site.key()} instead of "
                 f"{decision.site}); {instead}"
             )
+            return self._otherwise(site, decision)
+        parts: list[tuple[Sequence[int], Implementation]] = []
+        groups = decision.heads or (
+            HeadGroup(heads=tuple(range(site.kv_heads)), variant=decision.variant, config=decision.config),
+        )
+        for group in groups:
+            own = of_heads(site, group.heads) if decision.heads else site
+            built = self._built(own, group, decision, instead)
+            if built is None:
+                return self._otherwise(site, decision)
+            parts.append((group.heads, built))
+        whole = ByHeads(parts) if decision.heads else parts[0][1]
+        if decision.lengths is None or (site.kv_len is not None and _within(site.kv_len, decision.lengths)):
+            return whole
+        otherwise = self._otherwise(site, decision) or variant_named(ORIGINAL).build(site, {})
+        outside = self.outside.setdefault(site.path, Outside())
+        return ByLength(whole, otherwise, decision.lengths, outside)
+
+    def _built(self, site: AttentionSite, group: HeadGroup, decision: Decision, instead: str) -> Implementation | None:
+        variant = variant_named(group.variant)
+        applies = variant.takes(site, Target.current(site.device))
+        if isinstance(applies, Refusal):
+            self.note(f"{site.path}: {group.variant} does not apply here ({applies.reason}); {instead}")
             return None
         if variant.fidelity == "learned":
             return self.learned(decision)
         try:
-            return variant.build(site, decision.config)
+            return variant.build(site, group.config)
         except Exception as error:
-            self.note(f"{site.path}: {decision.variant} cannot be built ({brief(error)}); it runs its original code")
+            self.note(f"{site.path}: {group.variant} cannot be built ({brief(error)}); {instead}")
             return None
+
+    def _otherwise(self, site: AttentionSite, decision: Decision) -> Implementation | None:
+        """What runs where the decision does not fit; None for the original code."""
+        if decision.otherwise == ORIGINAL:
+            return None
+        variant = variant_named(decision.otherwise)
+        target = Target.current(site.device)
+        if not variant.takes(site, target):
+            return None
+        return variant.build(site, next(iter(variant.configs(site, target)), {}))
+
+    @property
+    def said(self) -> list[str]:
+        """The notes, and how many calls were longer than what was measured."""
+        longer = [
+            f"{path}: {seen.calls} calls were longer than what the plan was measured on (the last had {seen.keys} "
+            f"keys); they ran {_in_words(self.decisions[path].otherwise)}"
+            for path, seen in self.outside.items()
+            if seen.calls
+        ]
+        return [*self.notes, *longer]
 
     def learned(self, decision: Decision) -> nn.Module:
         """The one module of a decision for a learned variant, with the plan's parameters where it has them."""
@@ -128,6 +170,14 @@ class Selector:
             self.notes.append(text)
 
 
+def _in_words(variant: str) -> str:
+    return "its original code" if variant == ORIGINAL else variant
+
+
+def _within(length: int, lengths: tuple[int, int]) -> bool:
+    return lengths[0] <= length <= lengths[1]
+
+
 def module_name(path: str) -> str:
     """A path as the name of a submodule, which cannot hold dots."""
     return path.replace(".", "__") or "root"
@@ -148,11 +198,16 @@ def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
     if not isinstance(plan, Plan):
         raise OptionError(f"plan is a rewriter.Plan or the path of its file, not a {type(plan).__name__}")
     for decision in plan.decisions:
-        variant = variant_named(decision.variant)
-        if decision.variant != ORIGINAL and variant.fidelity != decision.fidelity:
+        fidelity = max((variant_named(name).fidelity for name in decision.named), key=FIDELITIES.index)
+        if decision.variant != ORIGINAL and fidelity != decision.fidelity:
             raise PlanError(
-                f"the plan calls {decision.variant} at {decision.path} {decision.fidelity}, and it is "
-                f"{variant.fidelity}; tune again"
+                f"the plan calls {decision.variant} at {decision.path} {decision.fidelity}, and it is {fidelity}; "
+                "tune again"
+            )
+        if variant_named(decision.otherwise).fidelity != "exact":
+            raise PlanError(
+                f"the plan runs {decision.otherwise} at {decision.path} where nothing was measured, and "
+                "it is not exact; tune again"
             )
     return plan
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +17,7 @@ from rewriter.capture import capture_errors, compiled, module_names
 from rewriter.errors import CaptureError, OptionError
 from rewriter.fingerprint import fingerprint
 from rewriter.plan import Plan
-from rewriter.report import Report
+from rewriter.report import Report, Timing
 from rewriter.select import module_name
 from rewriter.target import Target
 
@@ -45,6 +46,8 @@ class Session:
     rewriter: GraphRewriter
     goal: str
     guard: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+    timings: Sequence[Timing] = ()
     report: Report = field(default_factory=Report)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     dynamic: bool | None = None
@@ -67,6 +70,8 @@ class Session:
             model=self.fingerprint,
             goal=self.goal,
             guard=self.guard,
+            search=self.search,
+            timings=tuple(timing.to_json() for timing in self.timings),
             state=state,
         )
 
@@ -80,7 +85,7 @@ class Session:
             refusals=list(self.rewriter.refusals),
             graphs=self.rewriter.graphs,
             plan=self.plan(),
-            notes=[*self.report.notes, *selector.notes],
+            notes=[*self.report.notes, *selector.said],
         )
 
 
@@ -137,6 +142,26 @@ def route(model: nn.Module, call: Callable[..., Any] | None, session: Session | 
     entry: Any = torch.compiler.disable(routed, reason="rewriter has compiled this module")
     entry.rewriter_instead_of = own
     facts[_CALL] = entry
+
+
+@contextmanager
+def rerouted(model: nn.Module, call: Callable[..., Any] | None) -> Iterator[None]:
+    """For a while calls of the module go to `call`; None for where its author sent them."""
+    facts = vars(model)
+    before = facts.get(_CALL)
+    route(model, call)
+    try:
+        yield
+    finally:
+        if before is not None:
+            facts[_CALL] = before
+        else:
+            facts.pop(_CALL, None)
+
+
+def unrouted(model: nn.Module) -> AbstractContextManager[None]:
+    """For a while the module runs what its author wrote."""
+    return rerouted(model, None)
 
 
 def uninstall(model: nn.Module) -> Session | None:

@@ -41,6 +41,15 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def nothing_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search measures by itself, and does not believe what another test left in the cache."""
+    from rewriter.tune import record
+
+    monkeypatch.setattr(record, "recall", lambda kind, place: None)
+    monkeypatch.setattr(record, "remember", lambda kind, place, value: None)
+
+
+@pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """No compiled code left over: dynamo counts recompilations for the whole process."""
     yield

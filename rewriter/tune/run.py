@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewriter.backend import GraphRewriter, Inner
 from rewriter.calibration import batches_from, check_batches, split
 from rewriter.capture import compiled, module_names
 from rewriter.errors import CalibrationError, GuardError
+from rewriter.fingerprint import fingerprint
 from rewriter.guard import (
     Verdict,
-    evaluate,
     evaluating,
     judge,
     measure_original,
@@ -28,10 +29,15 @@ from rewriter.guard import (
 from rewriter.metrics import Batch, primary, resolve_metric
 from rewriter.report import Timing
 from rewriter.select import Selector, brief
-from rewriter.session import Session, install, new_session, route, uninstall
+from rewriter.session import Session, install, new_session, rerouted, route, uninstall, unrouted
 from rewriter.site import Causal
+from rewriter.tune.assemble import Assembled
+from rewriter.tune.choices import Workbench, version
+from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate, medians, peak_memory
-from rewriter.tune.search import Deadline, Progress, Tuning, measured, no_attention, size_of
+from rewriter.tune.record import Progress, Record
+from rewriter.tune.scores import Scores
+from rewriter.tune.search import Tuning, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
 
@@ -51,6 +57,8 @@ class Request:
     metric: Any
     seed: int
     deadline: Deadline
+    fresh: bool = False
+    pareto: bool = False
     begin: float = field(default_factory=time.perf_counter)
 
     def installed(self, model: nn.Module, selector: Selector) -> Session:
@@ -63,7 +71,7 @@ class Request:
         """The session with its report filled in."""
         session.report.verdict = verdict
         session.guard = verdict.to_json() if verdict is not None else None
-        session.report.timings = [timing] if timing is not None else []
+        session.report.timings = session.timings = [timing] if timing is not None else []
         session.report.seconds = {"optimize": time.perf_counter() - self.begin}
         return session
 
@@ -105,8 +113,11 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     batches = batches_from(calibration)
     check_batches(model, batches)
     search_half, held_out = split(batches, request.seed)
+    record = Record(bound=request.max_drop, unit="bytes" if request.goal == "memory" else "ms")
+    request = dataclasses.replace(request, progress=record.watched(request.progress))
     slots = SlotRewriter(None, names=module_names(model))
-    tuning = Tuning(model, slots, request.goal, request.allowed, request.deadline, request.progress)
+    workbench = Workbench(request.goal, request.allowed, request.fresh)
+    tuning = Tuning(model, slots, request.goal, workbench, request.deadline, request.progress, record)
     outputs = outputs_of(model, search_half[0], 0)
     through_slots = compiled(model, slots)
     route(model, through_slots)
@@ -115,43 +126,100 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
     metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
     dtype = primary(outputs).dtype
+    about = [version(), fingerprint(model), _glance(primary(outputs))]
     del outputs
+    tuning.about, record.metric = about, metric.name
+
+    def scores_on(batches: Sequence[Batch]) -> Scores:
+        original = partial(unrouted, model)
+        return Scores(metric, model, batches, about, original=original, record=record, fresh=request.fresh)
+
     request.progress("measure the original", 0, None)
-    on_search, search_references = measure_original(metric, model, search_half)
-    on_held_out, references = measure_original(metric, model, held_out)
+    on_search, on_held_out = scores_on(search_half), scores_on(held_out)
+    original, reference = on_search.original(), on_held_out.original()
 
     route(model, through_slots)
-    tuning.measure_sites()
-    thresholds = [0.0]
-    if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
-        tuning.measure_errors(search_half)
-        thresholds = tuning.search(metric, on_search, search_half, search_references, request.max_drop)
+    notes = []
+    try:
+        tuning.measure_sites()
+        if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
+            tuning.measure_effects(metric, search_half, request.seed)
+            tuning.search(on_search, original, request.max_drop)
+    except KeyboardInterrupt:
+        request.deadline.stop()
+        notes.append("the search was stopped by hand; this is the best that it had found")
+    tries, exact = tuning.tries(), tuning.solved(0.0)
     route(model, None)
 
     reason = "nothing within the bound was faster"
-    for number, threshold in enumerate(thresholds):
-        request.progress("check on held-out data", number, len(thresholds))
-        decisions = tuning.decisions(threshold)
-        selector = Selector({d.path: d for d in decisions}, True, request.goal, request.allowed)
-        selector.modules = tuning.modules(threshold)
+    for number, plan in enumerate(tries):
+        request.progress("check on held-out data", number, len(tries))
+        selector = _selector(tuning, plan, request)
         if not _changes(selector):
             continue
         session = request.installed(model, selector)
-        exact = all(d.fidelity == "exact" for d in decisions)
-        found = measured(metric, model, held_out, references)
-        verdict = judge(on_held_out, found, request.max_drop, exact=dtype if exact else None) if found else None
+        found = on_held_out.of(tuning.named(plan.solution))
+        rounding = None if tuning.inexact(plan.solution) else dtype
+        verdict = judge(reference, found, request.max_drop, exact=rounding) if found else None
         if verdict is not None and verdict.held:
-            timing = _timing(model, max(held_out, key=size_of), request)
-            if timing.ratio >= 1:
+            batch = max(held_out, key=size_of)
+            rival = _selector(tuning, exact, request) if tuning.inexact(plan.solution) else None
+            timing, gain = _compared(model, batch, request, rival)
+            if timing.ratio >= 1 and gain >= 1:
+                if request.pareto or tuning.inexact(plan.solution):
+                    with rerouted(model, through_slots):
+                        measured_on = (on_search, original) if request.pareto else (None, None)
+                        tuning.draw_front(request.max_drop, plan.solution, *measured_on)
+                session.search = record.to_json()
+                session.report.notes += notes
                 return request.finished(session, verdict, timing)
             reason = "faster site by site, but not as a whole"
         uninstall(model)
-    selector = Selector({d.path: d for d in tuning.decisions(0.0)}, True, request.goal, frozenset())
+    selector = _selector(tuning, exact, request)
+    selector.allowed = frozenset()
     session = _given_up(model, request, selector, f"no gain here: {reason}")
-    verdict = judge(on_held_out, evaluate(metric, model, held_out, references), request.max_drop, exact=dtype)
+    _still_found(session, slots)
+    again = measure_original(metric, model, held_out)[0] if metric.score is None else reference
+    verdict = judge(reference, again, request.max_drop, exact=dtype)
     if not verdict.held:
         raise GuardError(f"the metric does not repeat itself on the original model ({verdict}): make it deterministic")
+    session.search = record.to_json()
+    session.report.notes += notes
     return request.finished(session, verdict)
+
+
+def _selector(tuning: Tuning, plan: Assembled, request: Request) -> Selector:
+    decisions = tuning.decisions(plan.solution)
+    selector = Selector({d.path: d for d in decisions}, True, request.goal, request.allowed)
+    selector.modules = tuning.modules(plan.solution)
+    return selector
+
+
+def _glance(output: Tensor) -> list[float]:
+    """A few numbers that another output would not have: what a model computes depends on more than its weights."""
+    flat = output.detach().double().flatten().nan_to_num(posinf=0.0, neginf=0.0)
+    wave = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64).sin()
+    return [float(f"{value.item():.3g}") for value in (flat.norm(), flat.abs().mean(), (flat * wave).abs().sum())]
+
+
+def _compared(model: nn.Module, batch: Batch, request: Request, rival: Selector | None) -> tuple[Timing, float]:
+    """Original and result end to end, and how many times better the result is than the rival, if there is one: what
+    changes a model's answers must be worth it.
+    """
+    request.progress("measure end to end", 0, None)
+    original, result = _runs(model, batch)
+    if rival is None:
+        return _timing(model, batch, request), 1.0
+    other = compiled(model, GraphRewriter(rival, inner=request.inner), dynamic=request.dynamic)
+
+    def exact() -> Any:
+        with rerouted(model, other):
+            return result()
+
+    with evaluating(model):
+        costs = _costs([original, result, exact], request)
+    timing = Timing(_described(batch), costs[0], costs[1], "bytes" if request.goal == "memory" else "ms")
+    return timing, costs[2] / costs[1]
 
 
 def _changes(selector: Selector) -> bool:
@@ -168,14 +236,20 @@ def _given_up(
     }
     before = uninstall(model)
     session = request.installed(model, dataclasses.replace(selector, decisions=kept, modules={}, allowed=frozenset()))
-    if before is not None:  # What was found stays found.
-        session.rewriter.sites |= before.rewriter.sites
-        session.rewriter.refusals += before.rewriter.refusals
-        session.rewriter.graphs = before.rewriter.graphs
+    if before is not None:
+        _still_found(session, before.rewriter)
     session.report.notes.append(f"left as it is: {reason}")
     if timing is not None:
         session.report.notes.append(f"the rewritten model took {timing.result:.4g} {timing.unit}, the original less")
     return request.finished(session)
+
+
+def _still_found(session: Session, seen: GraphRewriter) -> None:
+    """What was found in an earlier form of the model stays found."""
+    rewriter = session.rewriter
+    rewriter.sites |= seen.sites
+    rewriter.refusals += [refusal for refusal in seen.refusals if refusal not in rewriter.refusals]
+    rewriter.graphs = max(rewriter.graphs, seen.graphs)
 
 
 def _example(model: nn.Module, example: Any) -> Batch | None:
@@ -218,16 +292,18 @@ def _runs(model: nn.Module, batch: Batch) -> tuple[Callable[[], Any], Callable[[
 
 def _timing(model: nn.Module, batch: Batch, request: Request) -> Timing:
     """Original and result end to end, in alternation."""
-    runs = _runs(model, batch)
     with evaluating(model):
-        if request.goal == "memory":
-            for run in runs:
-                run()
-            costs = [peak_memory(run) for run in runs]
-        else:
-            budget = min(_SECONDS_END_TO_END, max(request.deadline.left, 0.0))
-            costs = medians(alternate(runs, repeats=5, budget=budget))
+        costs = _costs(_runs(model, batch), request)
     return Timing(_described(batch), costs[0], costs[1], "bytes" if request.goal == "memory" else "ms")
+
+
+def _costs(runs: Sequence[Callable[[], Any]], request: Request) -> list[float]:
+    if request.goal == "memory":
+        for run in runs:
+            run()
+        return [peak_memory(run) for run in runs]
+    budget = min(_SECONDS_END_TO_END, max(request.deadline.left, 0.0))
+    return medians(alternate(runs, repeats=5, budget=budget))
 
 
 def _described(batch: Batch) -> str:

@@ -1,92 +1,45 @@
 """Search for the fastest (or smallest) plan that the guard accepts.
 
-Every candidate is timed at its site and its local error is measured on the search half of the data. One threshold on
-the local error then makes a plan: at each site the cheapest candidate below it. The largest threshold whose plan keeps
-the metric within the bound is found by bisection on the search half; whether it holds is decided on the other half.
+Every candidate is timed at its site, and its effect on the metric is predicted. A mixed-integer program makes the
+cheapest plan whose predicted drop is within the bound; the plan is assembled and measured on the search half of the
+data, the prediction is corrected by what was seen, and solved again. Whether a plan holds is decided on the other half.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rewriter.backend import GraphRewriter
-from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAttentionError
-from rewriter.guard import Measurement, drop, evaluate, evaluating, relative_rms
+from rewriter.errors import CaptureError, NoAttentionError
+from rewriter.guard import Measurement, drop, evaluating
 from rewriter.metrics import Batch, Metric, tensors
 from rewriter.plan import Decision
-from rewriter.raising import Operands
-from rewriter.recover import fit
-from rewriter.region import Region
-from rewriter.select import WORTH_IT, bench, candidates, working
-from rewriter.site import AttentionSite
-from rewriter.target import Target
-from rewriter.tune.slots import SlotRewriter, Switches, detached
-from rewriter.variant import ORIGINAL, Config, Implementation, Variant
+from rewriter.tune.assemble import Assembled, Groups, decision_of, distinct, groups_of, implementation_of
+from rewriter.tune.choices import Candidate, SiteChoices, Workbench
+from rewriter.tune.deadline import Deadline
+from rewriter.tune.predict import Predictor
+from rewriter.tune.record import Ledger, Point, Progress, Record, Trial
+from rewriter.tune.scores import Scores
+from rewriter.tune.slots import SlotRewriter, Switches
+from rewriter.tune.solve import Solution, Table, cost_of, effect_of, front, solve
 
-_SECONDS_A_KEY = 4.0
-_MARGIN = 0.9
+_MARGIN = 0.8
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
+_CLOSE = 0.7
+"""A plan that uses this part of its margin is as good as the next one."""
+_TRIALS = 8
 _WORTH_A_TRIAL = 0.99
-"""The search ends where the best that is left would cost more than this part of what is held."""
-_MOST_SAMPLES = 2
-"""Batches kept for fitting a learned variant at a site."""
-_UNKNOWN = {"exact": 0.0, "approximate": float("inf"), "learned": float("inf")}
-"""The local error of a candidate that was not run on data."""
-Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass
-class Candidate:
-    """One way to compute one site, built. `cost` in the goal's unit; `error` is local and relative, once measured."""
-
-    variant: Variant
-    config: Config
-    implementation: Implementation
-    cost: float
-    error: float
-
-
-@dataclass
-class SiteChoices:
-    """A site with what may stand there. `original` is the cost of its own code; `exact` the best exact candidate."""
-
-    site: AttentionSite
-    original: float
-    exact: Candidate | None
-    others: list[Candidate]
-    refused: dict[str, str]
-
-    def best(self, threshold: float) -> Candidate | None:
-        """The cheapest candidate whose local error is within the threshold; None is the original code.
-
-        At 0 nothing but exact candidates: a local error of 0 on some data does not make one exact.
-        """
-        allowed = [c for c in self.others if threshold > 0 and c.error <= threshold]
-        allowed += [self.exact] if self.exact else []
-        return min(allowed, key=lambda c: c.cost, default=None)
-
-
-class Deadline:
-    """A time budget in seconds; None never ends."""
-
-    def __init__(self, budget: float | None) -> None:
-        self._end = None if budget is None else time.monotonic() + budget
-
-    @property
-    def left(self) -> float:
-        """Seconds that remain."""
-        return float("inf") if self._end is None else self._end - time.monotonic()
-
-    def over(self, needed: float = 0.0) -> bool:
-        """Is there less than this left?"""
-        return self.left <= needed
+"""The search ends where the next plan would cost more than this part of the best one."""
+_MOST_COLUMNS = 20_000
+"""More cells than this, and heads are not told apart."""
+_FRONT = [10 ** (power / 3) for power in range(-6, 7)]
+"""Budgets of the front, in multiples of the bound."""
 
 
 @dataclass
@@ -96,16 +49,28 @@ class Tuning:
     model: nn.Module
     slots: SlotRewriter
     goal: str
-    allowed: frozenset[str] | None
+    workbench: Workbench
     deadline: Deadline
     progress: Progress
+    record: Record
+    about: Sequence[Any] = ()
     choices: dict[str, SiteChoices] = field(default_factory=dict)
-    seconds_a_batch: float = 0.0
+    scale: float = 1.0
+    """Measured drop over predicted drop, of the last plan that was tried."""
+    corrections: dict[int, float] = field(default_factory=dict)
+    """The same of single candidates, by their identity, beyond `scale`."""
+    accepted: list[Assembled] = field(default_factory=list)
+    """Plans that kept the metric within the bound on the search half."""
 
     @property
     def switches(self) -> Switches:
         """What the slots do."""
         return self.slots.switches
+
+    @property
+    def largest(self) -> bool:
+        """Does the largest site count, instead of the sum?"""
+        return self.goal == "memory"
 
     def capture(self, batches: Sequence[Batch]) -> None:
         """Run every kind of batch once, so that all graphs exist and each site is known at its largest size.
@@ -122,144 +87,210 @@ class Tuning:
 
     def measure_sites(self) -> None:
         """Time the candidates of every site; equal sites once."""
-        known: dict[str, tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]] = {}
         for number, (path, region) in enumerate(self.slots.regions.items()):
             self.progress("measure sites", number, len(self.slots.regions))
-            identity = region.identity()
-            if identity not in known:
-                known[identity] = self._measure(region)
-            costs, found, refused = known[identity]
-            site = region.match.site
-            built = [
-                Candidate(variant, config, _built(variant, site, config), cost, _UNKNOWN[variant.fidelity])
-                for (variant, config), cost in zip(found, costs[1:], strict=True)
-            ]
-            self.choices[path] = _choices(site, costs[0], built, dict(refused))
+            self.choices[path] = self.workbench.choices(region, self.deadline.left / 4)
+        self.record.pairs = sum(len(choices.measured) for choices in self.choices.values())
 
-    def _measure(self, region: Region) -> tuple[list[float], list[tuple[Variant, Config]], dict[str, str]]:
-        site = region.match.site
-        q_len, kv_len = region.lengths
-        sized = site.sized(batch=region.batch, q_len=q_len, kv_len=kv_len)
-        # Learned variants take part when they are asked for by name: fitting them costs minutes.
-        fidelities = {"exact", "approximate"} | ({"learned"} if self.allowed is not None else set())
-        found, refused = candidates(sized, Target.current(site.device), self.allowed, frozenset(fidelities))
-        trial = bench(region)
-        built = working(trial, found, refused)
-        budget = min(_SECONDS_A_KEY, max(self.deadline.left / 4, 0.0))
-        costs = trial.compare([implementation for _, _, implementation in built], goal=self.goal, budget=budget)
-        return costs, [(variant, config) for variant, config, _ in built], refused
+    def measure_effects(self, metric: Metric, batches: Sequence[Batch], seed: int) -> None:
+        """The local error of what is not exact, and its predicted effect on the metric."""
+        predictor = Predictor(
+            self.model, self.switches, self.choices, self.deadline, self.progress, self.record,
+            Ledger(self.about, self.workbench.fresh),
+        )  # fmt: skip
+        predictor.run(metric, batches, seed)
 
-    def measure_errors(self, batches: Sequence[Batch]) -> None:
-        """The local error of what is not exact, on the original's own activations. Fits learned variants first."""
-        samples: dict[str, list[tuple[Operands, Tensor]]] = {}
-        sums: dict[int, list[float]] = {}
+    # --- plans -------------------------------------------------------------------------------------------------------
 
-        def collect(site: AttentionSite, operands: Operands, out: Tensor) -> None:
-            choices = self.choices.get(site.path)
-            learned = choices is not None and any(c.variant.fidelity == "learned" for c in choices.others)
-            if learned and len(samples.setdefault(site.path, [])) < _MOST_SAMPLES:
-                samples[site.path].append((detached(operands), out.detach().clone()))
+    def tables(self) -> list[Table]:
+        """What the solver chooses from, with effects as they are predicted now."""
+        cells = sum(c.site.kv_heads * len(c.columns) for c in self.choices.values())
 
-        def compare(site: AttentionSite, operands: Operands, out: Tensor) -> None:
-            choices = self.choices.get(site.path)
-            for candidate in choices.others if choices is not None else ():
-                try:
-                    found = relative_rms(candidate.implementation(*operands.given), out)
-                except Exception:  # It worked at the size that was timed, and not at this one.
-                    found = float("inf")
-                sums.setdefault(id(candidate), []).append(found)
+        def scale(candidate: Candidate) -> float:
+            return self.scale * self.corrections.get(id(candidate), 1.0)
 
-        if any(c.variant.fidelity == "learned" for choices in self.choices.values() for c in choices.others):
-            self._observe(batches[:_MOST_SAMPLES], collect, "collect activations")
-            self._fit(samples)
-        self._observe(batches, compare, "measure errors")
-        for choices in self.choices.values():
-            for candidate in choices.others:
-                errors = sums.get(id(candidate), [])
-                candidate.error = sum(errors) / len(errors) if errors else float("inf")
+        return [choices.table(scale, by_heads=cells <= _MOST_COLUMNS) for choices in self.choices.values()]
 
-    def _observe(self, batches: Sequence[Batch], observer: Any, stage: str) -> None:
-        self.switches.active, self.switches.observer = {}, observer
-        try:
-            with evaluating(self.model):
-                for number, batch in enumerate(batches):
-                    if number and self.deadline.over():
-                        break
-                    self.progress(stage, number, len(batches))
-                    self.model(*batch.args, **batch.kwargs)
-        finally:
-            self.switches.observer = None
+    def solved(self, budget: float) -> Assembled:
+        """The cheapest plan whose predicted drop is within a budget."""
+        tables = self.tables()
+        return self.assembled(solve(tables, budget, largest=self.largest), tables)
 
-    def _fit(self, samples: dict[str, list[tuple[Operands, Tensor]]]) -> None:
-        for number, (path, kept) in enumerate(samples.items()):
-            self.progress("fit learned variants", number, len(samples))
-            for candidate in self.choices[path].others:
-                if candidate.variant.fidelity == "learned" and not self.deadline.over():
-                    assert isinstance(candidate.implementation, nn.Module)
-                    fit(candidate.implementation, kept)
+    def assembled(self, solution: Solution, tables: Sequence[Table] | None = None) -> Assembled:
+        """A solution with its cost and its drop as predicted now."""
+        pairs = list(zip(self.tables() if tables is None else tables, solution, strict=True))
+        costs = [cost_of(*pair) for pair in pairs]
+        return Assembled(
+            solution,
+            (max if self.largest else sum)(costs) if costs else 0.0,
+            sum(effect_of(*pair) for pair in pairs),
+        )
 
-    def place(self, threshold: float) -> None:
-        """Switch every slot to what a threshold chooses."""
-        chosen = {path: choices.best(threshold) for path, choices in self.choices.items()}
-        self.switches.active = {path: c.implementation for path, c in chosen.items() if c is not None}
+    def standing(self, solution: Solution) -> Iterator[tuple[SiteChoices, Groups]]:
+        """For each site the groups of heads and what they run; no groups where the original code stays."""
+        for choices, table, choice in zip(self.choices.values(), self.tables(), solution, strict=True):
+            yield choices, groups_of(choices, table, choice)
 
-    def thresholds(self) -> list[float]:
-        """The local errors at which the plan changes, ascending; 0 is the exact plan."""
-        errors = (c.error for choices in self.choices.values() for c in choices.others if c.error < float("inf"))
-        return [0.0, *sorted({max(error, 1e-30) for error in errors})]
-
-    def search(
-        self, metric: Metric, original: Any, batches: Sequence[Batch], references: Sequence[Tensor], bound: float
-    ) -> list[float]:
-        """Thresholds in the order to try them on held-out data, the best first; 0 (exact) is always the last."""
-        levels = self.thresholds()
-        accepted, low, high = [0.0], 0, len(levels)
-        steps = 0
-        while high - low > 1 and not self.deadline.over(2 * self.seconds_a_batch * len(batches)):
-            if self.cost(levels[high - 1]) > _WORTH_A_TRIAL * self.cost(levels[low]):
-                break
-            middle = high - 1 if steps == 0 and len(levels) <= 2 else (low + high) // 2
-            self.progress("search", steps, max(1, len(levels).bit_length()))
-            start = time.monotonic()
-            self.place(levels[middle])
-            found = measured(metric, self.model, batches, references)
-            within = found is not None and drop(metric, original, found) <= _MARGIN * bound
-            self.seconds_a_batch = (time.monotonic() - start) / len(batches)
-            steps += 1
-            if within:
-                low = middle
-                accepted.append(levels[middle])
-            else:
-                high = middle
-        return _descending(accepted, levels)
-
-    def cost(self, threshold: float) -> float:
-        """What all sites cost together under the plan that a threshold makes."""
-        chosen = ((choices, choices.best(threshold)) for choices in self.choices.values())
-        return sum(choices.original if best is None else best.cost for choices, best in chosen)
-
-    def decisions(self, threshold: float) -> list[Decision]:
-        """The plan that a threshold makes."""
-        return [_decision(choices, choices.best(threshold), self.goal) for choices in self.choices.values()]
-
-    def modules(self, threshold: float) -> dict[str, nn.Module]:
-        """The fitted modules that a threshold's plan uses, by path."""
-        chosen = {path: choices.best(threshold) for path, choices in self.choices.items()}
-        return {
-            path: c.implementation
-            for path, c in chosen.items()
-            if c is not None and c.variant.fidelity == "learned" and isinstance(c.implementation, nn.Module)
+    def place(self, solution: Solution) -> None:
+        """Switch every slot to what a solution chooses."""
+        self.switches.active = {
+            choices.site.path: implementation_of(choices.site, groups)
+            for choices, groups in self.standing(solution)
+            if groups
         }
 
+    def named(self, solution: Solution) -> dict[str, Any]:
+        """The solution in plain values."""
+        return {
+            choices.site.path: [[list(heads), c.variant.name, dict(c.config)] for heads, c in groups]
+            for choices, groups in self.standing(solution)
+            if groups
+        }
 
-def measured(
-    metric: Metric, model: nn.Module, batches: Sequence[Batch], references: Sequence[Tensor]
-) -> Measurement | None:
-    """The metric of a candidate; None where it crashes or gives no number, which is as bad as can be."""
-    try:
-        return evaluate(metric, model, batches, references)
-    except (MetricError, CalibrationError):
-        return None
+    def inexact(self, solution: Solution) -> bool:
+        """Does anything in it change the result?"""
+        return any(not c.exact for _, groups in self.standing(solution) for _, c in groups)
+
+    # --- search ------------------------------------------------------------------------------------------------------
+
+    def search(self, scores: Scores, original: Measurement, bound: float) -> None:
+        """Find plans that keep the metric within the bound on the search half, into `accepted`.
+
+        Ends early where time is over.
+        """
+        accepted, failed = self.accepted, list[Assembled]()
+        accepted.append(self.solved(0.0))
+        margin = _MARGIN * bound
+        budget = margin
+        while len(accepted) + len(failed) <= _TRIALS:
+            plan = self.solved(budget)
+            best = min(accepted, key=lambda each: each.cost)
+            if plan.solution in {each.solution for each in accepted + failed}:
+                break
+            if plan.cost > _WORTH_A_TRIAL * best.cost or self.deadline.over(self._reserve(scores)):
+                break
+            plan = self._tried(plan, scores, original, margin)
+            assert plan.measured is not None
+            (accepted if plan.measured <= margin else failed).append(plan)
+            if _CLOSE * margin <= plan.measured <= margin:
+                break
+            budget = self._next_budget(accepted, failed, margin)
+        if len(accepted) == 1 and failed:
+            accepted += self._reverted(min(failed, key=lambda each: each.predicted), scores, original, margin)
+
+    def _tried(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> Assembled:
+        """Assemble and measure a plan, and correct the prediction by what is seen."""
+        self.progress("search", len(self.record.trials), _TRIALS)
+        self.place(plan.solution)
+        found = scores.of(self.named(plan.solution))
+        measured = drop(scores.metric, original, found) if found is not None else math.inf
+        self.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= margin))
+        if plan.predicted > 0:
+            # What is better than the original says nothing of how errors add up, nor does what crashed.
+            ratio = min(max(measured / plan.predicted, 1 / 16), 16.0)
+            self.scale *= ratio
+        return Assembled(plan.solution, plan.cost, plan.predicted, measured)
+
+    def _next_budget(self, accepted: Sequence[Assembled], failed: Sequence[Assembled], margin: float) -> float:
+        """The margin as it is predicted now, between the plans that were tried."""
+        low = max(self.assembled(each.solution).predicted for each in accepted)
+        high = min((self.assembled(each.solution).predicted for each in failed), default=math.inf)
+        if low >= high:  # One that was cheaper to the metric failed: its own candidates are worse than predicted.
+            self._blame(failed[-1])
+            return margin
+        if low < margin < high:
+            return margin
+        return math.sqrt(max(low, high / 16) * high) if high < math.inf else 4 * max(low, margin)
+
+    def _blame(self, plan: Assembled) -> None:
+        for _, groups in self.standing(plan.solution):
+            for _, candidate in groups:
+                self.corrections[id(candidate)] = 2.0 * self.corrections.get(id(candidate), 1.0)
+
+    def _reverted(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> list[Assembled]:
+        """The last resort: take back the sites that cost the most accuracy for what they gain, half of the rest each
+        time, until the metric holds.
+        """
+        tables, exact = self.tables(), self.solved(0.0).solution
+        ranked = sorted(
+            (n for n, choice in enumerate(plan.solution) if choice != exact[n]),
+            key=lambda n: (
+                effect_of(tables[n], plan.solution[n])
+                / max(cost_of(tables[n], exact[n]) - cost_of(tables[n], plan.solution[n]), 1e-12)
+            ),
+        )
+        while (ranked := ranked[: len(ranked) // 2]) and not self.deadline.over(self._reserve(scores)):
+            kept = set(ranked)
+            solution = tuple(choice if n in kept else exact[n] for n, choice in enumerate(plan.solution))
+            tried = self._tried(self.assembled(solution), scores, original, margin)
+            if tried.measured is not None and tried.measured <= margin:
+                return [tried]
+        return []
+
+    def tries(self) -> list[Assembled]:
+        """Plans in the order in which to try them on held-out data, the best first; the exact one is always the last.
+
+        At most two before it: each look at held-out data costs confidence.
+        """
+        exact = self.solved(0.0)
+        best = min(self.accepted, key=lambda each: each.cost, default=exact)
+        if best.solution == exact.solution:
+            return [exact]
+        gentler = self.solved(self.assembled(best.solution).predicted / 3)
+        tries = [best]
+        if gentler.solution not in (best.solution, exact.solution) and gentler.cost < exact.cost * _WORTH_A_TRIAL:
+            tries.append(gentler)
+        return [*tries, exact]
+
+    def _reserve(self, scores: Scores) -> float:
+        """Seconds that a further trial and what comes after the search will take."""
+        return 3 * scores.seconds_a_batch * len(scores.batches)
+
+    def draw_front(self, bound: float, chosen: Solution, scores: Scores | None, original: Measurement | None) -> None:
+        """The cheapest plans of rising budgets, and the chosen one; measured where `scores` are given."""
+        tables = self.tables()
+        budgets = [0.0, *(bound * factor for factor in _FRONT)]
+        solutions = [*front(tables, budgets, largest=self.largest)]
+        for solution in solutions if chosen in solutions else [*solutions, chosen]:
+            plan = self.assembled(solution, tables)
+            measured = None
+            if scores is not None and original is not None and not self.deadline.over(self._reserve(scores)):
+                self.progress("measure the front", len(self.record.front), len(solutions))
+                self.place(solution)
+                found = scores.of(self.named(solution))
+                measured = drop(scores.metric, original, found) if found is not None else None
+            self.record.front.append(Point(plan.cost, plan.predicted, measured, solution == chosen))
+        self.record.front.sort(key=lambda point: point.cost)
+
+    # --- the result --------------------------------------------------------------------------------------------------
+
+    def decisions(self, solution: Solution) -> list[Decision]:
+        """The plan of a solution."""
+        unit = "bytes" if self.goal == "memory" else "ms"
+        costs = [cost_of(*pair) for pair in zip(self.tables(), solution, strict=True)]
+        return [
+            decision_of(choices, groups, cost, unit, self._lengths(choices, groups))
+            for (choices, groups), cost in zip(self.standing(solution), costs, strict=True)
+        ]
+
+    def _lengths(self, choices: SiteChoices, groups: Groups) -> tuple[int, int] | None:
+        """The keys for which this was measured to be right and worth it; exact choices are right for all."""
+        changed = [candidate for _, candidate in groups if not candidate.exact]
+        if not changed:
+            return None
+        most = choices.region.lengths[1]
+        if self.goal == "memory" or self.deadline.over():
+            return 1, most
+        return max(self.workbench.shortest(choices, candidate) for candidate in distinct(changed)), most
+
+    def modules(self, solution: Solution) -> dict[str, nn.Module]:
+        """The fitted modules that a solution uses, by path."""
+        return {
+            choices.site.path: candidate.implementation
+            for choices, groups in self.standing(solution)
+            for _, candidate in groups
+            if candidate.variant.fidelity == "learned" and isinstance(candidate.implementation, nn.Module)
+        }
 
 
 def kind_of(batch: Batch) -> str:
@@ -292,56 +323,3 @@ def no_attention(seen: GraphRewriter) -> CaptureError | NoAttentionError:
             f"no attention in this model could be taken; the nearest was {seen.refusals[0]}; see rewriter.explain"
         )
     return NoAttentionError("there is no attention in this model, so there is nothing to rewrite")
-
-
-def _descending(accepted: Iterable[float], levels: Sequence[float]) -> list[float]:
-    """The accepted thresholds from the largest down, with steps between them to cut a plan back gently."""
-    tries: list[float] = []
-    place = levels.index(max(accepted))
-    while place > 0:
-        tries.append(levels[place])
-        place = int(place * 0.7)
-    return [*tries, 0.0]
-
-
-def _built(variant: Variant, site: AttentionSite, config: Config) -> Implementation:
-    implementation = variant.build(site, config)
-    if isinstance(implementation, nn.Module):
-        implementation.to(torch.device(site.device))
-    return implementation
-
-
-def _choices(site: AttentionSite, original: float, built: list[Candidate], refused: dict[str, str]) -> SiteChoices:
-    exact = min((c for c in built if c.variant.fidelity == "exact"), key=lambda c: c.cost, default=None)
-    if exact is not None and exact.cost > WORTH_IT * original:
-        refused[exact.variant.name] = f"no gain here: {exact.cost / original:.2f} of the original's cost"
-        exact = None
-    floor = exact.cost if exact is not None else original
-    others = [c for c in built if c.variant.fidelity != "exact" and c.cost <= WORTH_IT * floor]
-    for name in {c.variant.name for c in built if c.variant.fidelity != "exact"} - {c.variant.name for c in others}:
-        cheapest = min(c.cost for c in built if c.variant.name == name)
-        refused[name] = f"no gain here: {cheapest / floor:.2f} of the best exact cost at this size"
-    return SiteChoices(site, original, exact, others, refused)
-
-
-def _decision(choices: SiteChoices, chosen: Candidate | None, goal: str) -> Decision:
-    site, unit = choices.site, "bytes" if goal == "memory" else "ms"
-    if chosen is None:
-        return Decision(
-            path=site.path, site=site.key(), variant=ORIGINAL, fidelity="exact", refused=choices.refused,
-            reason="no gain within the bound here, left as it is", evidence={f"original_{unit}": choices.original},
-        )  # fmt: skip
-    return Decision(
-        path=site.path,
-        site=site.key(),
-        variant=chosen.variant.name,
-        config=chosen.config,
-        fidelity=chosen.variant.fidelity,
-        reason=f"cheapest within the bound: {chosen.cost / choices.original:.2f} of the original's {unit}",
-        evidence={
-            f"original_{unit}": choices.original,
-            f"candidate_{unit}": chosen.cost,
-            "local_error": chosen.error,
-        },
-        refused=choices.refused,
-    )

@@ -26,6 +26,12 @@ Observer = Callable[[AttentionSite, Operands, Tensor], None]
 """Sees a site, its canonical operands and the output of its original code, as (B, H, Sq, Dv)."""
 
 
+Probe = Callable[[str, Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""Takes a path and what the site gives to the graph, and gives what goes on in its place; the function brings a tensor
+of that form into (B, H, Sq, Dv).
+"""
+
+
 class Slot(nn.Module):
     """One attention that can be switched: `switches.active[path]` computes it, or else its original code."""
 
@@ -41,12 +47,16 @@ class Slot(nn.Module):
         operands, inputs = Operands(*arguments[:6]), arguments[6:]
         site = self.match.site
         implementation = self.switches.active.get(site.path)
+        size = self._size(inputs)
         if implementation is not None and fits(site, self.switches.keys[site.path]):
-            made: Tensor = self.match.result(run, implementation(*operands.given), self._size(inputs))
-            return made.contiguous()
-        out: Tensor = self.original(*inputs)
-        if self.switches.observer is not None:
-            self.switches.observer(site, operands, self.match.canonical_output(out, self._size(inputs)))
+            made: Tensor = self.match.result(run, implementation(*operands.given), size)
+            out = made.contiguous()
+        else:
+            out = self.original(*inputs)
+            if self.switches.observer is not None:
+                self.switches.observer(site, operands, self.match.canonical_output(out, size))
+        if self.switches.probe is not None:
+            out = self.switches.probe(site.path, out, lambda value: self.match.canonical_output(value, size))
         return out
 
     def _size(self, inputs: Sequence[Any]) -> SizeOf:
@@ -61,6 +71,7 @@ class Switches:
     active: dict[str, Implementation] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     observer: Observer | None = None
+    probe: Probe | None = None
 
 
 @dataclass(repr=False)
