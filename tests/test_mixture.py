@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
+from rewriter.errors import PlanError
 from rewriter.guard import error, tolerance
 from rewriter.mixture import ByHeads, of_heads
 from rewriter.plan import MIXED, HeadGroup, Plan
@@ -98,5 +99,5 @@ def test_another_kind_of_call_runs_what_is_exact() -> None:
 
 
 def test_what_runs_otherwise_must_be_exact() -> None:
-    with pytest.raises(rewriter.PlanError, match="sliding_window at .* where nothing was measured"):
+    with pytest.raises(PlanError, match=r"sliding_window at .* where nothing was measured"):
         rewriter.apply(Net(), planned(lengths=(1, 9), otherwise="sliding_window"))
