@@ -16,7 +16,6 @@ from rewriter.backend import GraphRewriter, Inner, check_goal, check_variants, i
 from rewriter.capture import capture_errors, compiled, exported, module_names
 from rewriter.detect import detect
 from rewriter.errors import OptionError
-from rewriter.guard import check_max_drop
 from rewriter.metrics import Metric
 from rewriter.passes import Rewrite, rewritten
 from rewriter.plan import Plan, check_model
@@ -27,6 +26,7 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress
 from rewriter.tune.run import Request, tuned, untuned
 from rewriter.tune.search import no_attention
+from rewriter.verdict import Limits
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,6 +37,9 @@ def optimize(
     *,
     example: Any = None,
     max_drop: float = 0.01,
+    drop_type: str | None = None,
+    worst_drop: float | None = None,
+    recall_drop: float | None = None,
     metric: str | Metric | tuple[Callable[..., Any], str] | None = None,
     goal: str = "latency",
     time_budget: float | None = None,
@@ -49,15 +52,19 @@ def optimize(
 ) -> Any:
     """Find every attention in `model`, replace it by the best variant that the bound allows, return the same object.
 
-    Without `calibration` only exact variants are candidates. With it, approximate ones are too: one half of the batches
-    guides the search, and the result is measured against the original on the other half, where it meets the bound, or
-    is cut back until it does. Speed is measured end to end in alternation; where nothing is gained the model stays as
-    it is, and the report says so.
+    Without `calibration` only exact variants are candidates. With it, approximate ones are too: a third of the batches
+    guides the search, and the result is measured against the original on the rest. A confidence limit of the drop there
+    (95%, one-sided) must meet the bound, or the plan is cut back until it does; too little data is a refusal. Speed is
+    measured end to end in alternation; where nothing is gained the model stays as it is, and the report says so.
 
     model        a module, rewritten in place; or a `torch.export.ExportedProgram`, whose rewritten module is returned
     calibration  batches: dicts of keyword arguments, tuples of arguments, or tensors; at least two
     example      one batch for capture and timing where there is no calibration data
-    max_drop     how much worse the metric may become, relative to the original (0.01 is 1%)
+    max_drop     how much worse the metric may become (0.01 is 1%)
+    drop_type    "relative" to the original's value, or "absolute"; None is relative for all metrics but kl
+    worst_drop   the same for the worst single sample, a row or a batch; None is three times `max_drop`
+    recall_drop  how much of what a causal language model gains from a pair of tokens far before it may be lost at any
+                 distance; None is 0.1, and with 1 or more it is not probed
     metric       "perplexity", "cosine", "top1", "kl", or (fn, "higher" | "lower") with fn(model, batch) -> float;
                  None picks perplexity for causal language models and cosine otherwise
     goal         "latency" or "memory" (peak, of intermediate results)
@@ -70,7 +77,7 @@ def optimize(
 
     Raises a `RewriterError` with one sentence on bad input, and then the model is left exactly as it was.
     """
-    bound = check_max_drop(max_drop)
+    limits = Limits.checked(max_drop, drop_type, worst_drop, recall_drop)
     goal, allowed = check_goal(goal), check_variants(variants)
     _check_options(time_budget, inner, dynamic, progress)
     if isinstance(model, ExportedProgram):
@@ -87,7 +94,7 @@ def optimize(
         inner=inner,
         dynamic=dynamic,
         progress=progress or (lambda stage, done, total: None),
-        max_drop=bound,
+        limits=limits,
         metric=metric,
         seed=seed,
         deadline=Deadline(time_budget),

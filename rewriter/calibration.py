@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from rewriter.errors import CalibrationError, brief
-from rewriter.metrics import Batch, tensors
+from rewriter.errors import CalibrationError, RewriterError, brief
+from rewriter.guard import model_tolerance, outputs_of, relative_rms
+from rewriter.metrics import Batch, primary, real_positions, tensors
 
 
 def batches_from(calibration: Any) -> list[Batch]:
@@ -104,13 +107,49 @@ def _check_call(signature: inspect.Signature, batch: Batch, index: int) -> None:
         ) from None
 
 
+def with_rows(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches with the number of their independent rows, if rows of this model's batches are independent.
+
+    The last row of one batch is computed alone: where tokens come first, or rows see each other, it differs.
+    """
+    sizes = [_leading(batch) for batch in batches]
+    index = next((i for i, size in enumerate(sizes) if size > 1), None)
+    if index is None or not _independent(model, batches[index], sizes[index]):
+        return list(batches)
+    return [dataclasses.replace(batch, rows=size) for batch, size in zip(batches, sizes, strict=True)]
+
+
+def _leading(batch: Batch) -> int:
+    sizes = {t.shape[0] for t in tensors((batch.args, batch.kwargs)) if t.ndim > 1}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _independent(model: nn.Module, batch: Batch, size: int) -> bool:
+    def last(value: Any) -> Any:
+        return value[-1:] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size else value
+
+    alone = Batch(*tree_map(last, (batch.args, dict(batch.kwargs))))
+    try:
+        whole, row = (primary(outputs_of(model, each, 0)) for each in (batch, alone))
+    except RewriterError:  # one row alone is not something that this model takes
+        return False
+    if whole.ndim < 2 or whole.shape[0] != size or row.shape != whole[-1:].shape:
+        return False
+    real = real_positions(row, alone)
+    row, expected = (row, whole[-1:]) if real is None else (row[real], whole[-1:][real])
+    return relative_rms(row, expected) <= model_tolerance(whole.dtype)
+
+
 def split(batches: Sequence[Batch], seed: int) -> tuple[list[Batch], list[Batch]]:
-    """(search, held out): a random half each, the odd one held out. Raises CalibrationError below two batches."""
+    """(search, held out): a random third and the rest. Raises CalibrationError below two batches.
+
+    The search reads its part many times and only ranks with it; confidence in the result grows with what is held out.
+    """
     if len(batches) < 2:
         raise CalibrationError(
             f"calibration has {len(batches)} batch, and one part must stay unseen by the search; give at least two"
         )
     order = list(range(len(batches)))
     random.Random(seed).shuffle(order)
-    half = len(order) // 2
-    return [batches[i] for i in sorted(order[:half])], [batches[i] for i in sorted(order[half:])]
+    third = max(1, len(order) // 3)
+    return [batches[i] for i in sorted(order[:third])], [batches[i] for i in sorted(order[third:])]

@@ -43,6 +43,13 @@ class Goal(StrEnum):
     memory = "memory"
 
 
+class DropType(StrEnum):
+    """What a drop is measured by."""
+
+    relative = "relative"
+    absolute = "absolute"
+
+
 class Dtype(StrEnum):
     """The type to load the weights in."""
 
@@ -100,6 +107,15 @@ def convert(
         str | None, typer.Option(help=".txt, .jsonl or .pt file, or package.module:function; without it, exact only.")
     ] = None,
     max_drop: MAX_DROP = "1%",
+    drop_type: Annotated[
+        DropType | None, typer.Option(help="Relative to the original's value, as all metrics but kl are, or absolute.")
+    ] = None,
+    worst_drop: Annotated[
+        str | None, typer.Option(help="How much the worst sample may fall; without it, three times as much.")
+    ] = None,
+    recall_drop: Annotated[
+        str | None, typer.Option(help="How much of a language model's recall may go; 10% without it, 100%: not probed.")
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="A built-in metric, or package.module:name of a (function, direction) pair.")
     ] = None,
@@ -115,11 +131,12 @@ def convert(
     """Write a faster checkpoint, no less accurate than the bound allows."""
     import rewriter
     from rewriter.convert import check_output, load_target, read_calibration, write
-    from rewriter.guard import check_max_drop
     from rewriter.report.tables import outcome, print_report
+    from rewriter.verdict import Limits
 
     check_output(out)
-    bound, budget, names = check_max_drop(max_drop), seconds(time_budget), variant_names(variants)
+    limits = Limits.checked(max_drop, drop_type, worst_drop, recall_drop)
+    budget, names = seconds(time_budget), variant_names(variants)
     with progress() as advance:
         advance("loading", 0, None)
         loaded = load_target(target, length=length, dtype=_dtype(dtype), device=device, seed=seed)
@@ -128,7 +145,10 @@ def convert(
             loaded.model,
             batches,
             example=loaded.example,
-            max_drop=bound,
+            max_drop=limits.max_drop,
+            drop_type=limits.drop_type,
+            worst_drop=limits.worst_drop,
+            recall_drop=limits.recall_drop,
             metric=metric_of(metric),
             goal=goal.value,
             time_budget=budget,

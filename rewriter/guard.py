@@ -1,6 +1,6 @@
-"""The guard: what decides whether a model's accuracy is acceptable. The only place that knows a number.
+"""The guard: what is measured, and what rounding explains. Of tolerances, this is the only place that knows a number.
 
-Tolerances and bounds by dtype, measuring a metric, and the verdict.
+Tolerances by dtype, and measuring a metric; `rewriter/verdict.py` decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.errors import CalibrationError, MetricError, OptionError, brief
+from rewriter.errors import CalibrationError, GuardError, MetricError, OptionError, brief
 from rewriter.metrics import Batch, Metric, primary
 
 _TOLERANCES = {
@@ -86,30 +86,39 @@ def _compared(actual: Tensor, expected: Tensor, measure: Callable[[Tensor, Tenso
     return numerator / max(denominator, torch.finfo(torch.float32).tiny)
 
 
-def check_max_drop(value: Any) -> float:
-    """The bound as a fraction: 0.01, or as text "0.01" or "1%". Raises OptionError on anything else."""
+def check_max_drop(value: Any, name: str = "max_drop") -> float:
+    """A bound as a fraction: 0.01, or as text "0.01" or "1%". Raises OptionError on anything else."""
     found = value
     if isinstance(value, str):
         text = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%?)\s*", value)
         found = float(text[1]) / (100 if text[2] else 1) if text else None
     if isinstance(found, bool) or not isinstance(found, numbers.Real) or not math.isfinite(found):
-        raise OptionError(f"max_drop must be a number such as 0.01 (or 1% on the command line), not {value!r:.40}")
+        raise OptionError(f"{name} must be a number such as 0.01 (or 1% on the command line), not {value!r:.40}")
     if found < 0:
-        raise OptionError(f"max_drop must not be negative, but is {value}; 0 allows exact rewrites only")
+        mend = "; 0 allows exact rewrites only" if name == "max_drop" else ""
+        raise OptionError(f"{name} must not be negative, but is {value}{mend}")
     return float(found)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric on some batches: (sum, weight) of each, in their order, so that two measurements can be paired."""
+    """A metric on some batches: (sum, weight) of each sample, in their order, so that two measurements can be paired.
+
+    A sample is an independent row of a batch where the metric tells them apart, else a batch.
+    """
 
     metric: Metric
     samples: tuple[tuple[float, float], ...]
 
     @property
     def value(self) -> float:
-        """The metric over all batches."""
-        return self.metric.finish(sum(s for s, _ in self.samples) / sum(w for _, w in self.samples))
+        """The metric over all samples."""
+        return self.metric.finish(self.mean)
+
+    @property
+    def mean(self) -> float:
+        """Before `metric.finish`."""
+        return sum(s for s, _ in self.samples) / sum(w for _, w in self.samples)
 
 
 @contextmanager
@@ -157,28 +166,29 @@ def _measure(
                     if references is None:
                         kept.append(primary(outputs))
                     reference = (kept if references is None else references)[index]
-                value, weight = _score(metric, model, batch, outputs, reference)
+                scored = _score(metric, model, batch, outputs, reference)
             except Exception as cause:
                 raise MetricError(
                     f"metric {metric.name!r} failed on batch {index}: {brief(cause)}; mend it or choose another metric"
                 ) from cause
-            if not math.isfinite(value) or not math.isfinite(weight) or weight < 0:
-                raise MetricError(
-                    f"metric {metric.name!r} gave {value} on batch {index}; look for empty or damaged data there, or "
-                    "choose another metric"
-                )
-            samples.append((value, weight))
+            for value, weight in scored:
+                if not math.isfinite(value) or not math.isfinite(weight) or weight < 0:
+                    raise MetricError(
+                        f"metric {metric.name!r} gave {value} on batch {index}; look for empty or damaged data there, "
+                        "or choose another metric"
+                    )
+            samples += scored
     if sum(weight for _, weight in samples) <= 0:
         raise MetricError(f"metric {metric.name!r} found nothing to score; give batches with unpadded, labelled data")
     return Measurement(metric, tuple(samples)), kept
 
 
-def _score(metric: Metric, model: nn.Module, batch: Batch, outputs: Any, reference: Any) -> tuple[float, float]:
-    if metric.score is not None:
-        total, weight = metric.score(outputs, reference, batch)
-        return float(total), float(weight)
-    assert metric.fn is not None
-    return float(metric.fn(model, batch.given)), 1.0
+def _score(metric: Metric, model: nn.Module, batch: Batch, outputs: Any, reference: Any) -> list[tuple[float, float]]:
+    if metric.score is None:
+        assert metric.fn is not None
+        return [(float(metric.fn(model, batch.given)), 1.0)]
+    found = metric.score(outputs, reference, batch)
+    return [(float(total), float(weight)) for total, weight in ([found] if isinstance(found, tuple) else found)]
 
 
 def outputs_of(model: nn.Module, batch: Batch, index: int) -> Any:
@@ -193,74 +203,40 @@ def outputs_of(model: nn.Module, batch: Batch, index: int) -> Any:
         ) from cause
 
 
-def drop(metric: Metric, original: Measurement, candidate: Measurement) -> float:
-    """How much worse the candidate is, relative to |original| (kl: the difference itself). Negative is better.
-
-    Where the original is 0 nothing is relative to it: any worsening is inf, and no improvement counts.
+def check_repeats(metric: Metric, model: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
+    """Does the original, whose outputs have this type, give the same twice? Raises GuardError where it does not,
+    beyond rounding.
     """
-    worse = candidate.value - original.value
-    worse = -worse if metric.higher_is_better else worse
+    first, references = measure_original(metric, model, [batch])
+    second = evaluate(metric, model, [batch], references)
+    if abs(drop(metric, first, second)) <= resolution(dtype):
+        return
+    one, two = (primary(outputs_of(model, batch, 0)) for _ in range(2))
+    if relative_rms(two, one) > model_tolerance(dtype):
+        raise GuardError(
+            "the model does not repeat itself: two calls with the same batch, in eval mode, gave different answers, so "
+            "accuracy cannot be compared; take the randomness or the state out of its forward"
+        )
+    raise GuardError(
+        f"the metric does not repeat itself on the original model ({metric.name} {first.value:#.4g}, then "
+        f"{second.value:#.4g} on the same batch); make it deterministic"
+    )
+
+
+def drop(metric: Metric, original: Measurement, candidate: Measurement) -> float:
+    """How much worse the candidate is, relative to |original|, or the difference itself for an absolute metric.
+
+    Negative is better. Where the original is 0 nothing is relative to it: any worsening is inf, and no improvement
+    counts.
+    """
+    return drop_between(metric, original.value, candidate.value)
+
+
+def drop_between(metric: Metric, original: float, candidate: float) -> float:
+    """`drop` from one value to another."""
+    worse = original - candidate if metric.higher_is_better else candidate - original
     if metric.absolute:
         return worse
-    if original.value == 0:
+    if original == 0:
         return math.inf if worse > 0 else 0.0
-    return worse / abs(original.value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the guard says of a candidate on held-out batches. `rounding` is the allowance of an exact plan, else 0."""
-
-    metric: str
-    direction: str
-    absolute: bool
-    max_drop: float
-    original: float
-    candidate: float
-    drop: float
-    rounding: float
-    held: bool
-    batches: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; a drop from 0 (infinite) is null."""
-        return {**vars(self), "drop": self.drop if math.isfinite(self.drop) else None}
-
-    def __str__(self) -> str:
-        def unit(x: float) -> str:
-            return f"{x:.3g}" if self.absolute else f"{100 * x:.3g}%"
-
-        # The sign of the change, not of the drop: what went down is shown going down.
-        change = self.drop if self.direction == "lower" else -self.drop
-        signed = f"{change:+.2g}" if self.absolute or math.isinf(change) else f"{change:+.2%}"
-        rounding = f" or {unit(self.rounding)} by rounding" if self.rounding > self.max_drop else ""
-        return (
-            f"{self.metric} {self.original:#.4g} -> {self.candidate:#.4g} ({signed}, bound {unit(self.max_drop)}"
-            f"{rounding}): {'held' if self.held else 'not held'}"
-        )
-
-
-def judge(
-    original: Measurement, candidate: Measurement, max_drop: float, *, exact: torch.dtype | None = None
-) -> Verdict:
-    """The verdict on a candidate measured on the same batches as the original.
-
-    `exact` is the model's type when only exact variants were placed: the metric may then move by `resolution`.
-    """
-    metric = original.metric
-    if len(original.samples) != len(candidate.samples) or candidate.metric.name != metric.name:
-        raise MetricError("original and candidate were not measured by one metric on the same batches; measure again")
-    rounding = resolution(exact) if exact is not None else 0.0
-    worse = drop(metric, original, candidate)
-    return Verdict(
-        metric=metric.name,
-        direction="higher" if metric.higher_is_better else "lower",
-        absolute=metric.absolute,
-        max_drop=max_drop,
-        original=original.value,
-        candidate=candidate.value,
-        drop=worse,
-        rounding=rounding,
-        held=worse <= max(max_drop, rounding),
-        batches=len(original.samples),
-    )
+    return worse / abs(original)

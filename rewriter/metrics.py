@@ -1,14 +1,15 @@
-"""Accuracy metrics, scored batch by batch so that original and candidate can be compared in pairs.
+"""Accuracy metrics, scored sample by sample so that original and candidate can be compared in pairs.
 
-A metric sees outputs, never layers. Padded positions are not scored: what a model writes there is undefined, and an
-exact rewrite may change it. Large logits are scored in chunks of rows, so that no float32 copy of them is ever made.
+A sample is a row of a batch where rows are independent, else the whole batch. A metric sees outputs, never layers.
+Padded positions are not scored: what a model writes there is undefined, and an exact rewrite may change it. Large
+logits are scored in chunks of rows, so that no float32 copy of them is ever made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,14 @@ CHUNK_ELEMENTS = 2**23
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model: `model(*args, **kwargs)`. `source` is the batch as the user wrote it."""
+    """One call of the model: `model(*args, **kwargs)`. `source` is the batch as the user wrote it; `rows` is how many
+    leading rows are known not to see each other, 1 where nothing is known.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     source: Any = field(default=None, repr=False, compare=False)
+    rows: int = field(default=1, compare=False)
 
     @property
     def given(self) -> Any:
@@ -43,6 +47,10 @@ class Batch:
         return self.args[0] if len(self.args) == 1 and not self.kwargs else (self.args, self.kwargs)
 
 
+Score = tuple[float, float] | Sequence[tuple[float, float]]
+"""(sum, weight) of a batch, or a list of such pairs, one for each of its independent samples."""
+
+
 def _same(value: float) -> float:
     return value
 
@@ -51,19 +59,22 @@ def _same(value: float) -> float:
 class Metric:
     """A number for how well a model does, with its direction. Exactly one of `score` and `fn` is given.
 
-    score            (outputs, reference outputs or None, batch) -> (sum, weight) of this batch
+    score            (outputs, reference outputs or None, batch) -> (sum, weight) of this batch, or a list of them, one
+                     a sample: the more independent samples, the less data is needed for a decision
     fn               (model, batch as the user wrote it) -> number; the mean over the batches counts
     needs_reference  `score` compares with the original model's outputs on the same batch
     absolute         a drop is the difference itself, not relative to the original's value
-    finish           from the weighted mean over the batches to the value that is shown and bounded
+    counts           sums count what is right among `weight` answers, each right or wrong
+    finish           from the weighted mean over the samples to the value that is shown and bounded
     """
 
     name: str
     higher_is_better: bool
-    score: Callable[[Any, Any, Batch], tuple[float, float]] | None = None
+    score: Callable[[Any, Any, Batch], Score] | None = None
     fn: Callable[[nn.Module, Any], Any] | None = None
     needs_reference: bool = False
     absolute: bool = False
+    counts: bool = False
     finish: Callable[[float], float] = _same
 
     def __post_init__(self) -> None:
@@ -172,26 +183,38 @@ def _chunks(keep: Tensor | None, *outputs: Tensor) -> Iterator[tuple[Tensor, lis
         yield part, [r[part].to(torch.promote_types(r.dtype, torch.float32)) for r in rows]
 
 
-def _pair(outputs: Any, reference: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of rows (n, V) of the primary output and of the original's, without padding."""
+def _summed(scores: Iterable[tuple[Tensor, Tensor]], outputs: Tensor, batch: Batch) -> list[tuple[float, float]]:
+    """(sum, count) for each independent row of the batch, from scores of positions with their flat numbers."""
+    rows = batch.rows if outputs.ndim > 1 and outputs.shape[0] == batch.rows else 1
+    a_row = math.prod(outputs.shape[:-1]) // rows
+    totals, counts = [torch.zeros(rows, dtype=torch.float64, device=outputs.device) for _ in range(2)]
+    for part, values in scores:
+        totals.index_add_(0, part // a_row, values.double())
+        counts.index_add_(0, part // a_row, torch.ones_like(values, dtype=torch.float64))
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+
+
+def _pair(outputs: Any, reference: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chunks of flat numbers, with the rows (n, V) of the primary output and of the original's, without padding."""
     ours, theirs = primary(outputs), primary(reference)
     if ours.shape != theirs.shape:
         raise MetricError(f"the output's shape is {tuple(ours.shape)}, the original's {tuple(theirs.shape)}")
-    for _, (a, b) in _chunks(real_positions(ours, batch), ours, theirs.to(ours.device)):
-        yield a, b
+    for part, (a, b) in _chunks(real_positions(ours, batch), ours, theirs.to(ours.device)):
+        yield part, a, b
 
 
-def _nll(outputs: Any, reference: Any, batch: Batch) -> tuple[float, float]:
+def _nll(outputs: Any, reference: Any, batch: Batch) -> Score:
     """Negative log-likelihood (nats) summed over the predicted tokens, and their count."""
     logits = logits_of(outputs)
     wanted = targets(logits, batch)
     if wanted is None:
         raise MetricError("there are no labels and no token ids in the batch")
-    flat, total, count = wanted.flatten(), torch.zeros((), dtype=torch.float64), 0
-    for part, (rows,) in _chunks(wanted != IGNORED, logits):
-        losses = F.cross_entropy(rows, flat[part], reduction="none")
-        total, count = total.to(losses.device) + losses.sum(dtype=torch.float64), count + len(part)
-    return total.item(), count
+    flat = wanted.flatten()
+    losses = (
+        (part, F.cross_entropy(rows, flat[part], reduction="none"))
+        for part, (rows,) in _chunks(wanted != IGNORED, logits)
+    )
+    return _summed(losses, logits, batch)
 
 
 def _exp(nll: float) -> float:
@@ -199,50 +222,53 @@ def _exp(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
-def _cosine(outputs: Any, reference: Any, batch: Batch) -> tuple[float, float]:
+def _cosine(outputs: Any, reference: Any, batch: Batch) -> Score:
     """Cosine similarity with the original's vectors (last dimension) summed over positions, and their count."""
     if primary(reference).shape[-1] < 2:
         raise MetricError("outputs of width 1 have no direction to compare")
-    total, count = 0.0, 0
-    for ours, theirs in _pair(outputs, reference, batch):
+
+    def similarity(ours: Tensor, theirs: Tensor) -> Tensor:
         # In float32 the norm of a row as wide as a vocabulary is off by more than an exact rewrite changes.
         similar = F.cosine_similarity(ours.double(), theirs.double(), dim=-1, eps=0.0)
         # Zero vectors have no direction: two of them agree, one alone does not.
         zeros = (ours == 0).all(-1).int() + (theirs == 0).all(-1).int()
-        similar = torch.where(zeros == 2, 1.0, torch.where(zeros == 1, 0.0, similar))
-        total, count = total + similar.sum().item(), count + len(ours)
-    return total, count
+        return torch.where(zeros == 2, 1.0, torch.where(zeros == 1, 0.0, similar))
+
+    pairs = _pair(outputs, reference, batch)
+    return _summed(((part, similarity(a, b)) for part, a, b in pairs), primary(outputs), batch)
 
 
-def _kl(outputs: Any, reference: Any, batch: Batch) -> tuple[float, float]:
+def _kl(outputs: Any, reference: Any, batch: Batch) -> Score:
     """KL(original || candidate) in nats over the last dimension, summed over positions, and their count."""
-    total, count = 0.0, 0
-    for ours, theirs in _pair(outputs, reference, batch):
+
+    def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
         log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
         # A class that the original rules out (-inf) contributes nothing, whatever the candidate gives it.
         terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
-        total, count = total + terms.sum(-1, dtype=torch.float64).clamp(min=0).sum().item(), count + len(ours)
-    return total, count
+        return terms.sum(-1, dtype=torch.float64).clamp(min=0)
+
+    pairs = _pair(outputs, reference, batch)
+    return _summed(((part, divergence(a, b)) for part, a, b in pairs), primary(outputs), batch)
 
 
-def _top1(outputs: Any, reference: Any, batch: Batch) -> tuple[float, float]:
+def _top1(outputs: Any, reference: Any, batch: Batch) -> Score:
     """Positions whose largest class is the label, or without labels the original's largest class; and their count."""
-    if isinstance(batch.kwargs.get("labels"), Tensor):
-        logits = primary(outputs)
-        wanted = targets(logits, batch)
-        assert wanted is not None
-        flat = wanted.flatten()
-        right = [rows.argmax(-1) == flat[part] for part, (rows,) in _chunks(wanted != IGNORED, logits)]
-    else:
-        right = [a.argmax(-1) == b.argmax(-1) for a, b in _pair(outputs, reference, batch)]
-    return float(sum(r.sum().item() for r in right)), float(sum(len(r) for r in right))
+    if not isinstance(batch.kwargs.get("labels"), Tensor):
+        pairs = _pair(outputs, reference, batch)
+        return _summed(((part, a.argmax(-1) == b.argmax(-1)) for part, a, b in pairs), primary(outputs), batch)
+    logits = primary(outputs)
+    wanted = targets(logits, batch)
+    assert wanted is not None
+    flat = wanted.flatten()
+    right = ((part, rows.argmax(-1) == flat[part]) for part, (rows,) in _chunks(wanted != IGNORED, logits))
+    return _summed(right, logits, batch)
 
 
 BUILT_IN: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric(name="perplexity", higher_is_better=False, score=_nll, finish=_exp),
-        Metric(name="top1", higher_is_better=True, score=_top1, needs_reference=True),
+        Metric(name="top1", higher_is_better=True, score=_top1, needs_reference=True, counts=True),
         Metric(name="cosine", higher_is_better=True, score=_cosine, needs_reference=True),
         Metric(name="kl", higher_is_better=False, score=_kl, needs_reference=True, absolute=True),
     )
@@ -270,7 +296,7 @@ def resolve_metric(metric: Any, batch: Batch, outputs: Any, *, causal: bool) -> 
         raise MetricError(
             f'a metric is one of {", ".join(BUILT_IN)}, a Metric, or (fn, "higher" | "lower"), not {metric!r:.60}'
         )
-    if causal and _predicts_ids(batch, outputs):
+    if causal and predicts_ids(batch, outputs):
         return BUILT_IN["perplexity"]
     mend = 'give metric=(fn, "higher") or metric=(fn, "lower") with fn(model, batch)'
     try:
@@ -282,7 +308,14 @@ def resolve_metric(metric: Any, batch: Batch, outputs: Any, *, causal: bool) -> 
     return BUILT_IN["cosine"]
 
 
-def _predicts_ids(batch: Batch, outputs: Any) -> bool:
+def with_drop_type(metric: Metric, drop_type: str | None) -> Metric:
+    """The metric with its drop "relative" or "absolute"; None leaves it as it is."""
+    absolute = metric.absolute if drop_type is None else drop_type == "absolute"
+    return metric if absolute == metric.absolute else dataclasses.replace(metric, absolute=absolute)
+
+
+def predicts_ids(batch: Batch, outputs: Any) -> bool:
+    """Integer ids (B, S) in, and out logits (B, S, V) over a vocabulary that holds every id?"""
     ids = ids_of(batch)
     try:
         logits = logits_of(outputs)

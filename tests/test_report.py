@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rewriter.guard import Verdict
 from rewriter.plan import Decision, Plan
 from rewriter.report import Report, Timing
 from rewriter.report.candidates import candidates
 from rewriter.report.paths import grouped, joined, shape_of
 from rewriter.report.tables import WIDTH, changed, outcome, print_report, render
 from rewriter.site import AttentionSite, Causal, Refusal
+from rewriter.verdict import Verdict
 
 
 def site(path: str, **facts: object) -> AttentionSite:
@@ -36,7 +36,7 @@ def plan(*decisions: Decision) -> Plan:
 def verdict() -> Verdict:
     return Verdict(
         metric="perplexity", direction="lower", absolute=False, max_drop=0.01, original=12.0, candidate=12.06,
-        drop=0.005, rounding=0.0, held=True, batches=2,
+        drop=0.005, upper=0.0072, confidence=0.96, samples=8, rounding=0.0, held=True,
     )  # fmt: skip
 
 

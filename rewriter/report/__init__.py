@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.guard import Verdict
 from rewriter.plan import Plan
 from rewriter.site import AttentionSite, Refusal
+from rewriter.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(timing_table(report.timings))
     if report.verdict is not None:
         console.print(f"\n[bold]guard[/]   {escape(str(report.verdict))}", highlight=False)
+        for check in report.verdict.checks:
+            console.print(f"[bold]guard[/]   {escape(str(check))}", highlight=False)
     for note in report.notes:
         console.print(f"[bold]note[/]    {escape(note)}", highlight=False)
 

@@ -13,20 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.backend import GraphRewriter, Inner
-from rewriter.calibration import batches_from, check_batches, split
+from rewriter.calibration import batches_from, check_batches, split, with_rows
 from rewriter.capture import compiled, module_names
 from rewriter.errors import CalibrationError, GuardError
 from rewriter.fingerprint import fingerprint
 from rewriter.guard import (
-    Verdict,
+    check_repeats,
     evaluating,
-    judge,
     measure_original,
     model_tolerance,
     outputs_of,
     relative_rms,
 )
-from rewriter.metrics import Batch, primary, resolve_metric
+from rewriter.metrics import Batch, primary, resolve_metric, with_drop_type
 from rewriter.report import Timing
 from rewriter.select import Selector, brief
 from rewriter.session import Session, install, new_session, rerouted, route, uninstall, unrouted
@@ -40,6 +39,7 @@ from rewriter.tune.scores import Scores
 from rewriter.tune.search import Tuning, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
+from rewriter.verdict import Limits, Verdict, judge
 
 _SECONDS_END_TO_END = 20.0
 
@@ -53,13 +53,18 @@ class Request:
     inner: Inner
     dynamic: bool | None
     progress: Progress
-    max_drop: float
+    limits: Limits
     metric: Any
     seed: int
     deadline: Deadline
     fresh: bool = False
     pareto: bool = False
     begin: float = field(default_factory=time.perf_counter)
+
+    @property
+    def max_drop(self) -> float:
+        """The bound on the metric."""
+        return self.limits.max_drop
 
     def installed(self, model: nn.Module, selector: Selector) -> Session:
         """The model with a selector's choices in place."""
@@ -112,7 +117,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     """All training-free variants, and the learned ones that were asked for, under the guard."""
     batches = batches_from(calibration)
     check_batches(model, batches)
-    search_half, held_out = split(batches, request.seed)
+    search_half, held_out = split(with_rows(model, batches), request.seed)
     record = Record(bound=request.max_drop, unit="bytes" if request.goal == "memory" else "ms")
     request = dataclasses.replace(request, progress=record.watched(request.progress))
     slots = SlotRewriter(None, names=module_names(model))
@@ -125,9 +130,11 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     route(model, None)
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
     metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
+    metric = with_drop_type(metric, request.limits.drop_type)
     dtype = primary(outputs).dtype
     about = [version(), fingerprint(model), _glance(primary(outputs))]
     del outputs
+    check_repeats(metric, model, search_half[0], dtype)
     tuning.about, record.metric = about, metric.name
 
     def scores_on(batches: Sequence[Batch]) -> Scores:
@@ -151,7 +158,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     tries, exact = tuning.tries(), tuning.solved(0.0)
     route(model, None)
 
-    reason = "nothing within the bound was faster"
+    reason, tried = "nothing within the bound was faster", 0
     for number, plan in enumerate(tries):
         request.progress("check on held-out data", number, len(tries))
         selector = _selector(tuning, plan, request)
@@ -159,14 +166,18 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
             continue
         session = request.installed(model, selector)
         found = on_held_out.of(tuning.named(plan.solution))
-        rounding = None if tuning.inexact(plan.solution) else dtype
-        verdict = judge(reference, found, request.max_drop, exact=rounding) if found else None
-        if verdict is not None and verdict.held:
+        inexact = tuning.inexact(plan.solution)
+        rules = {"worst_drop": request.limits.worst_drop, "tried": tried} if inexact else {"exact": dtype}
+        verdict = judge(reference, found, request.max_drop, **rules) if found else None
+        tried += inexact
+        if verdict is not None and not verdict.held:
+            reason = verdict.reason or reason
+        elif verdict is not None:
             batch = max(held_out, key=size_of)
-            rival = _selector(tuning, exact, request) if tuning.inexact(plan.solution) else None
+            rival = _selector(tuning, exact, request) if inexact else None
             timing, gain = _compared(model, batch, request, rival)
             if timing.ratio >= 1 and gain >= 1:
-                if request.pareto or tuning.inexact(plan.solution):
+                if request.pareto or inexact:
                     with rerouted(model, through_slots):
                         measured_on = (on_search, original) if request.pareto else (None, None)
                         tuning.draw_front(request.max_drop, plan.solution, *measured_on)
