@@ -275,6 +275,11 @@ BUILT_IN: dict[str, Metric] = {
 }
 
 
+def is_built_in(metric: Metric) -> bool:
+    """Is it one of BUILT_IN, perhaps with another `drop_type`?"""
+    return metric.name in BUILT_IN and metric.score is BUILT_IN[metric.name].score
+
+
 def resolve_metric(metric: Any, batch: Batch, outputs: Any, *, causal: bool) -> Metric:
     """The metric that the user means: a name, a `Metric`, or `(callable, "higher" | "lower")`.
 

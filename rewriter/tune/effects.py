@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.guard import evaluating
-from rewriter.metrics import BUILT_IN, IGNORED, Batch, Metric, logits_of, primary, real_positions, targets
+from rewriter.metrics import IGNORED, Batch, Metric, is_built_in, logits_of, primary, real_positions, targets
 from rewriter.tune.slots import Switches
 
 Gradients = dict[tuple[str, int], Tensor]
@@ -80,7 +80,7 @@ def effects(gradient: Tensor, difference: Tensor, kv_heads: int) -> list[float]:
 
 def _answers(metric: Metric, outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
     """A sum whose gradient is that of sampled answers, and how many there are."""
-    if metric is BUILT_IN.get(metric.name) and metric.name in _OVER_CLASSES:
+    if is_built_in(metric) and metric.name in _OVER_CLASSES:
         logits = logits_of(outputs) if metric.name == "perplexity" else primary(outputs)
         wanted = targets(logits, batch) if metric.name == "perplexity" else None
         kept = real_positions(logits, batch) if wanted is None else wanted != IGNORED

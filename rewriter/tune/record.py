@@ -144,5 +144,5 @@ def digest_of(batch: Batch) -> str:
         else:
             found.update(repr(value).encode())
 
-    add((batch.args, dict(batch.kwargs)))
+    add((batch.args, dict(batch.kwargs), batch.rows))
     return found.hexdigest()[:32]

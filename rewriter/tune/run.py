@@ -172,6 +172,8 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
         tried += inexact
         if verdict is not None and not verdict.held:
             reason = verdict.reason or reason
+            if inexact:
+                notes.append(f"refused on held-out data: {verdict}")
         elif verdict is not None:
             batch = max(held_out, key=size_of)
             rival = _selector(tuning, exact, request) if inexact else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from rewriter.errors import CalibrationError, MetricError
 from rewriter.guard import Measurement, evaluate, measure_original
-from rewriter.metrics import BUILT_IN, Batch, Metric
+from rewriter.metrics import Batch, Metric, is_built_in
 from rewriter.tune.record import Ledger, Record, digest_of
 
 Original = Callable[[], AbstractContextManager[None]]
@@ -36,7 +36,7 @@ class Scores:
     ) -> None:
         self.metric, self.batches = metric, batches
         self._model, self._original, self._record = model, original, record
-        self._ledger = Ledger(about, fresh, kept=metric is BUILT_IN.get(metric.name))
+        self._ledger = Ledger(about, fresh, kept=is_built_in(metric))
         self._names = [digest_of(batch) for batch in batches]
         self._references: dict[int, Any] = {}
         self.seconds_a_batch = 0.0
