@@ -24,7 +24,7 @@ from rewriter.select import Selector, read_plan
 from rewriter.session import adopt, install, new_session, route, session_of, uninstall
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress
-from rewriter.tune.run import Request, tuned, untuned
+from rewriter.tune.run import Request, tuned, untuned, validated
 from rewriter.tune.search import no_attention
 from rewriter.verdict import Limits
 
@@ -46,6 +46,8 @@ def optimize(
     plan: Plan | str | os.PathLike[str] | None = None,
     variants: Iterable[str] | None = None,
     seed: int = 0,
+    resume: bool = True,
+    pareto: bool = False,
     inner: Inner = "eager",
     dynamic: bool | None = None,
     progress: Progress | None = None,
@@ -69,7 +71,10 @@ def optimize(
                  None picks perplexity for causal language models and cosine otherwise
     goal         "latency" or "memory" (peak, of intermediate results)
     time_budget  seconds; when they are over, the best plan so far is taken
-    plan         a plan or its file, to be applied without any search
+    plan         a plan or its file, to be applied without any search; with calibration data it is measured on all of
+                 them first, and refused where it does not keep the bound (for a plan that is for other weights)
+    resume       believe what earlier runs measured on this machine, this model and these data, finished or stopped
+    pareto       measure the whole front of speed against accuracy, not only the plan that is taken
     variants     names to choose among; learned variants take part only when they are named
     inner        what runs or compiles the rest of the graph: "eager", "inductor", ... or a backend function
     dynamic      as in torch.compile
@@ -86,7 +91,7 @@ def optimize(
         return _optimize_exported(model, goal, allowed)
     if not isinstance(model, nn.Module):
         raise OptionError(f"optimize takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
-    if plan is not None:
+    if plan is not None and calibration is None:
         return apply(model, plan, inner=inner, dynamic=dynamic)
     request = Request(
         goal=goal,
@@ -98,11 +103,17 @@ def optimize(
         metric=metric,
         seed=seed,
         deadline=Deadline(time_budget),
+        fresh=not resume,
+        pareto=pareto,
     )
     before = uninstall(model)
     try:
         with _unchanged(model):
-            if calibration is not None:
+            if plan is not None and calibration is not None:
+                given = read_plan(plan)
+                check_model(given, model, check_weights=False)
+                session = validated(model, given, calibration, request)
+            elif calibration is not None:
                 session = tuned(model, calibration, request)
             else:
                 session = untuned(model, example, request)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from rewriter.errors import PlanError
-from rewriter.fingerprint import fingerprint
+from rewriter.fingerprint import differences, fingerprint
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, variants
@@ -250,16 +250,16 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
     are not exact, other weights (their effect on the accuracy was measured on those).
     """
     ours, theirs = fingerprint(model), plan.model
+    found = differences(ours, theirs)
+    detail = f": {'; '.join(found[:3])}{f'; and {len(found) - 3} more' if len(found) > 3 else ''}" if found else ""
     if ours["structure"] != theirs["structure"]:
-        modules = {name.replace("_orig_mod.", "") for name, _ in model.named_modules()}
-        missing = [d.path for d in plan.decisions if d.path not in modules]
-        hint = f"; this one has no {', '.join(missing[:3])}" if missing else ""
         raise PlanError(
-            f"the plan is for another model: of {theirs['tensors']} tensors with {theirs['values']:,} values, where "
-            f"this one has {ours['tensors']} with {ours['values']:,}{hint}; tune this model"
+            f"the plan is for another model, of {theirs['tensors']} tensors with {theirs['values']:,} values, where "
+            f"this one has {ours['tensors']} with {ours['values']:,}{detail}; tune this model"
         )
     if check_weights and plan.fidelity != "exact" and ours["weights"] != theirs["weights"]:
         raise PlanError(
-            "the plan is for other weights of this architecture, and its accuracy was measured on those; tune again, "
-            "or apply(..., check_weights=False)"
+            f"the plan is for other weights of this architecture, and its accuracy was measured on those{detail}; tune "
+            "again, or have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
+            "apply(..., check_weights=False)"
         )

@@ -114,6 +114,9 @@ def _read(raw: Any, folder: Path) -> Plan:
         _take(model, name, str, "model")
     for name in ("tensors", "values"):
         _take(model, name, int, "model")
+    parts = model.get("parts", {})
+    if not isinstance(parts, dict) or not all(isinstance(p, list) and len(p) == 2 for p in parts.values()):
+        raise PlanError("'parts' in model do not name tensors")
     for name in ("guard", "search"):
         if raw.get(name) is not None:
             _take(raw, name, dict, "the plan")

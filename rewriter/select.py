@@ -45,6 +45,7 @@ class Selector:
     state         their parameters, from a plan, as `<path, dots as __>.<parameter>`
     notes         sentences about sites that run something else than what the plan says
     outside       the calls of each path that are longer than what was measured
+    doubted       were the decisions made on another machine, or with other versions?
     """
 
     decisions: dict[str, Decision] = field(default_factory=dict)
@@ -55,12 +56,21 @@ class Selector:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     outside: dict[str, Outside] = field(default_factory=dict)
+    doubted: bool = False
+    _checked: dict[object, str] = field(default_factory=dict)
 
     @staticmethod
     def replaying(plan: Plan) -> Selector:
-        """Takes what the plan says and measures nothing."""
+        """Takes what the plan says. Made on this machine with these versions, nothing is measured; else each kind of
+        site is looked at once, whether what the plan says is right and worth it here too.
+        """
         decisions = {decision.path: decision for decision in plan.decisions}
-        return Selector(decisions, decide_unknown=False, goal=plan.goal, state=plan.state)
+        here = Target.current(str(plan.target.get("device", "cpu"))).to_json()
+        changed = [name for name, value in here.items() if plan.target.get(name) != value]
+        made = Selector(decisions, decide_unknown=False, goal=plan.goal, state=plan.state, doubted=bool(changed))
+        if changed:
+            made.note(f"the plan was made elsewhere ({', '.join(changed)} differ), so its decisions were timed again")
+        return made
 
     def choose(self, match: Match) -> Implementation | None:
         """What to place; None for the original code."""
@@ -75,6 +85,9 @@ class Selector:
                 decision = self.decisions[site.path] = found
         debug.say(1, f"{site.path}: {decision.variant} ({decision.reason})")
         standing = self.implementation(site, decision)
+        if standing is not None and self.doubted and (doubt := self._doubt(match, decision, standing)):
+            self.note(f"{site.path}: {decision.variant} {doubt}, so it runs its original code")
+            return None
         if standing is None and decision.fidelity != "exact" and self.decide_unknown:
             return self.implementation(site, decide_exact(match, self.goal, self.allowed))
         return standing
@@ -130,6 +143,15 @@ class Selector:
         if not variant.takes(site, target):
             return None
         return variant.build(site, next(iter(variant.configs(site, target)), {}))
+
+    def _doubt(self, match: Match, decision: Decision, standing: Implementation) -> str:
+        """Why a decision of another machine is not taken here; nothing where it is."""
+        region = region_of(match)
+        assert isinstance(region, Region), "only proved matches are decided"
+        place = (region.identity(), decision.named, str(decision.heads), str(decision.config))
+        if place not in self._checked:
+            self._checked[place] = _checked(region, decision, standing, self.goal)
+        return self._checked[place]
 
     @property
     def said(self) -> list[str]:
@@ -315,6 +337,19 @@ def _measure_exact(region: Region, goal: str, allowed: frozenset[str] | None) ->
     )  # fmt: skip
 
 
+def _checked(region: Region, decision: Decision, standing: Implementation, goal: str) -> str:
+    """Is it still what its definition says (exact ones: what the site computes), and no slower than the original?"""
+    if decision.fidelity == "learned":
+        return ""  # its parameters are its definition
+    for group in decision.heads or (HeadGroup(heads=(), variant=decision.variant, config=decision.config),):
+        variant, site = variant_named(group.variant), region.match.site
+        difference = _difference(variant.build(site, group.config), site, variant, group.config)
+        if difference > tolerance(site.torch_dtype):
+            return f"differs by {difference:.3g} from its definition here"
+    original, result = bench(region).compare([standing], goal=goal, budget=_SECONDS_A_SITE)
+    return f"took {result / original:.2f} of the original's cost here" if result > original else ""
+
+
 Built = tuple[Variant, Config, Implementation]
 
 
@@ -341,12 +376,18 @@ def working(trial: SiteBench, found: Sequence[tuple[Variant, Config]], refused: 
     return built
 
 
-def _difference(implementation: Implementation, site: AttentionSite) -> float:
-    """How far an implementation is from the definition, on a small input; 0 where dropout makes it random."""
+def _difference(
+    implementation: Implementation, site: AttentionSite, variant: Variant | None = None, config: Config | None = None
+) -> float:
+    """How far an implementation is from the site's definition, or from that of an approximate variant, on a small
+    input; 0 where dropout makes it random.
+    """
     if site.dropout_p > 0:
         return 0.0
     q_len = 1 if site.q_len == 1 else _SMALL[site.q_len is not None and site.q_len != site.kv_len]
     small = site.sized(batch=2, q_len=q_len, kv_len=_SMALL[0])
     tensors = inputs(small, seed=0)
     with torch.no_grad():
+        if variant is not None and variant.fidelity == "approximate":
+            return error(implementation(*tensors), variant.reference(*tensors, small, config))
         return error(implementation(*tensors), brute_force(*tensors, site=small))

@@ -286,6 +286,8 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
         ("model", {}, "model has no 'structure'"),
         ("model/tensors", "4", "'tensors' in model is a str"),
         ("model/values", True, "'values' in model is a bool"),
+        ("model/parts", 3, "'parts' in model"),
+        ("model/parts", {"a": 3}, "'parts' in model"),
         ("weights", "p.safetensors", "'weights' in the plan is a str"),
         ("weights", {"file": "../p.safetensors", "sha256": ""}, "not a file name"),
         ("weights", {"file": "gone.safetensors", "sha256": ""}, "cannot be read"),
@@ -384,7 +386,10 @@ def test_a_plan_for_another_model_is_refused() -> None:
     model = Model()
     made = plan(model=fingerprint(model))
     check_model(made, model)
-    with pytest.raises(PlanError, match=r"of 5 tensors with 43 values.*has 3 with 23; this one has no layers\.1; tune"):
+    with pytest.raises(
+        PlanError,
+        match=r"of 5 tensors with 43 values.*has 3 with 23: layers\.#\.bias is 1 of 4, and was 2 of 4; .*; tune",
+    ):
         check_model(made, Model(layers=1))
     with pytest.raises(PlanError, match="another model"):
         check_model(made, Model(width=5), check_weights=False)

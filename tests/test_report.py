@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rewriter.paths import grouped, joined, shape_of
 from rewriter.plan import Decision, Plan
 from rewriter.report import Report, Timing
 from rewriter.report.candidates import candidates
-from rewriter.report.paths import grouped, joined, shape_of
 from rewriter.report.tables import WIDTH, changed, outcome, print_report, render
 from rewriter.site import AttentionSite, Causal, Refusal
 from rewriter.verdict import Verdict

@@ -68,7 +68,7 @@ def decision(**facts: Any) -> Decision:
 
 
 def plan(*decisions: Decision) -> Plan:
-    return Plan(decisions=decisions, target={}, model={}, goal="latency")
+    return Plan(decisions=decisions, target=Target.current().to_json(), model={}, goal="latency")
 
 
 @pytest.fixture(autouse=True)

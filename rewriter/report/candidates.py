@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rewriter.report.paths import grouped, joined, shape_of
+from rewriter.paths import grouped, joined, shape_of
 from rewriter.site import AttentionSite
 from rewriter.target import Target
 from rewriter.variant import ORIGINAL, variants

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rewriter.paths import grouped, joined, shape_of
 from rewriter.plan import Decision, Plan
 from rewriter.report import Report, Timing
 from rewriter.report.candidates import Candidate
-from rewriter.report.paths import grouped, joined, shape_of
 from rewriter.site import AttentionSite, Refusal
 from rewriter.variant import ORIGINAL
 

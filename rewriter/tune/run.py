@@ -19,22 +19,24 @@ from rewriter.errors import CalibrationError, GuardError
 from rewriter.fingerprint import fingerprint
 from rewriter.guard import (
     check_repeats,
+    evaluate,
     evaluating,
     measure_original,
     model_tolerance,
     outputs_of,
     relative_rms,
 )
-from rewriter.metrics import Batch, primary, resolve_metric, with_drop_type
+from rewriter.metrics import Batch, is_built_in, primary, resolve_metric, with_drop_type
+from rewriter.plan import Plan
 from rewriter.report import Timing
 from rewriter.select import Selector, brief
 from rewriter.session import Session, install, new_session, rerouted, route, uninstall, unrouted
-from rewriter.site import Causal
+from rewriter.site import AttentionSite, Causal
 from rewriter.tune.assemble import Assembled
 from rewriter.tune.choices import Workbench, version
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate, medians, peak_memory
-from rewriter.tune.record import Progress, Record
+from rewriter.tune.record import Ledger, Progress, Record
 from rewriter.tune.scores import Scores
 from rewriter.tune.search import Tuning, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
@@ -134,7 +136,8 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     dtype = primary(outputs).dtype
     about = [version(), fingerprint(model), _glance(primary(outputs))]
     del outputs
-    check_repeats(metric, model, search_half[0], dtype)
+    known = Ledger(about, request.fresh, kept=is_built_in(metric))
+    known.measured("repeats", metric.name, lambda: check_repeats(metric, model, search_half[0], dtype) or True)
     tuning.about, record.metric = about, metric.name
 
     def scores_on(batches: Sequence[Batch]) -> Scores:
@@ -199,6 +202,29 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     session.search = record.to_json()
     session.report.notes += notes
     return request.finished(session, verdict)
+
+
+def validated(model: nn.Module, plan: Plan, calibration: Iterable[Any], request: Request) -> Session:
+    """A plan for other weights or other data: nothing is searched, and the guard decides on all of the data."""
+    batches = batches_from(calibration)
+    check_batches(model, batches)
+    batches = with_rows(model, batches)
+    request.progress("measure the original", 0, None)
+    outputs = outputs_of(model, batches[0], 0)
+    causal = any(AttentionSite.parse(d.site).mask.has(Causal) for d in plan.decisions)
+    metric = with_drop_type(
+        resolve_metric(request.metric, batches[0], outputs, causal=causal), request.limits.drop_type
+    )
+    check_repeats(metric, model, batches[0], primary(outputs).dtype)
+    reference, kept = measure_original(metric, model, batches)
+    session = request.installed(model, Selector.replaying(plan))
+    request.progress("check on held-out data", 0, None)
+    exact = plan.fidelity == "exact"
+    rules = {"exact": primary(outputs).dtype} if exact else {"worst_drop": request.limits.worst_drop}
+    verdict = judge(reference, evaluate(metric, model, batches, kept), request.max_drop, **rules)
+    if not verdict.held:
+        raise GuardError(f"the plan does not keep the bound on this model ({verdict}); tune it: optimize without plan")
+    return request.finished(session, verdict, _timing(model, max(batches, key=size_of), request))
 
 
 def _selector(tuning: Tuning, plan: Assembled, request: Request) -> Selector:

@@ -1,0 +1,244 @@
+"""Searches that go on where an earlier one was stopped, and plans that are applied elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from rewriter.errors import GuardError, PlanError
+from rewriter.guard import error
+from rewriter.mixture import ByHeads
+from rewriter.plan import Plan
+from rewriter.tune import record, run
+from rewriter.tune.measure import SiteBench
+from rewriter.tune.scores import Scores
+from rewriter.tune.search import Tuning
+
+LENGTH = 1100
+
+
+class Net(nn.Module):
+    """One causal attention with two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.project(x).unflatten(-1, (2, -1)).transpose(1, 2) for _ in range(3))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return x + ((q @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def data(seed: int) -> Tensor:
+    return torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(seed))
+
+
+BATCHES = [data(seed) for seed in range(24)]
+
+
+@pytest.fixture(autouse=True)
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The original costs 100, `sdpa` 50, narrower windows less and less."""
+    table = {"result": 60.0, "site": 1.0}
+
+    def compare(self: SiteBench, implementations: Any, *, goal: str, budget: float) -> list[float]:
+        costs = [51.0 if isinstance(each, ByHeads) else 50.0 - 10 * n for n, each in enumerate(implementations)]
+        return [100.0, *(table["site"] * cost for cost in costs)]
+
+    def alternate(functions: Any, **options: Any) -> Any:
+        return [[0.1], [table["result"] / 1000], [0.09]][: len(functions)]
+
+    monkeypatch.setattr(SiteBench, "compare", compare)
+    monkeypatch.setattr(run, "alternate", alternate)
+    return table
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+    """A cache that lasts for one test."""
+    table: dict[tuple[str, str], Any] = {}
+    monkeypatch.setattr(record, "recall", lambda kind, place: copy.deepcopy(table.get((kind, place))))
+    monkeypatch.setattr(record, "remember", lambda kind, place, value: table.update({(kind, place): value}))
+    return table
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was measured, one word each."""
+    words: list[str] = []
+
+    def counting(owner: Any, name: str, word: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            words.append(word)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    counting(SiteBench, "compare", "site")
+    from rewriter.tune import predict, scores
+
+    counting(predict, "gradients", "effects")
+    counting(scores, "evaluate", "metric")
+    return words
+
+
+def searched(**options: Any) -> Plan:
+    torch.manual_seed(1)
+    model = rewriter.optimize(Net().eval(), BATCHES, metric="cosine", **({"max_drop": 0.5} | options))
+    plan = rewriter.plan_of(model)
+    assert plan is not None and plan.search is not None
+    return plan
+
+
+def decided(plan: Plan) -> list[Any]:
+    return [decision.to_json() for decision in plan.decisions]
+
+
+def test_a_second_search_measures_nothing_again(kept: Any, counted: list[str]) -> None:
+    first = searched()
+    assert {"site", "effects", "metric"} <= set(counted) and kept
+    spent = len(counted)
+    again = searched()
+    assert len(counted) == spent and again.search is not None and again.search["evaluations"] == 0
+    assert decided(again) == decided(first) and again.guard == first.guard
+    searched(resume=False)
+    assert len(counted) == 2 * spent
+
+
+def test_a_stopped_search_goes_on_where_it_was(kept: Any, counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decided(searched())
+    spent, tables = len(counted), dict(kept)
+    kept.clear()
+    counted.clear()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Scores, plan: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "of", killed)
+        with pytest.raises(Killed):
+            searched()
+    before = len(counted)
+    assert 0 < before < spent
+    assert decided(searched()) == whole and len(counted) == spent and kept.keys() == tables.keys()
+
+
+def test_what_a_metric_of_ones_own_depends_on_is_not_known(kept: Any) -> None:
+    calls: list[int] = []
+
+    def metric(model: nn.Module, batch: Tensor) -> float:
+        calls.append(1)
+        return 1.0
+
+    for spent in (1, 2):
+        rewriter.optimize(Net().eval(), BATCHES, metric=(metric, "higher"))
+        assert len(calls) % spent == 0 and len(calls) > 24 * spent
+
+
+def test_an_interrupted_search_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, trials = Scores.of, list[Any]()
+
+    def interrupted(self: Scores, plan: Any) -> Any:
+        trials.append(plan)
+        if len(trials) == 1:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    monkeypatch.setattr(Scores, "of", interrupted)
+    model = rewriter.optimize(Net().eval(), BATCHES, metric="cosine", max_drop=1e-3)
+    report = rewriter.report_of(model)
+    assert report is not None and any("stopped by hand" in note for note in report.notes)
+    assert report.verdict is not None and report.verdict.held and len(trials) >= 2
+    # Before anything is known there is nothing to give.
+    model = Net().eval()
+    monkeypatch.setattr(Tuning, "capture", interrupted_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        rewriter.optimize(model, BATCHES)
+    assert rewriter.plan_of(model) is None and model._compiled_call_impl is None
+
+
+def interrupted_at_once(*args: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_plan_says_how_it_was_found(tmp_path: Path) -> None:
+    plan = searched(pareto=True)
+    search = plan.search
+    assert search is not None and search["metric"] == "cosine" and search["bound"] == 0.5
+    assert [stage["stage"] for stage in search["timeline"]][:3] == ["capture", "measure the original", "measure sites"]
+    assert 0 < sum(stage["seconds"] for stage in search["timeline"]) <= search["seconds"]
+    assert search["effects"] == "gradients" and search["pairs"] == len(plan.decisions[0].tried)
+    front = search["front"]
+    assert [point["cost"] for point in front] == sorted(point["cost"] for point in front)
+    assert sum(point["chosen"] for point in front) == 1 and all(point["measured"] is not None for point in front)
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path) == plan
+
+
+def test_predictions_of_effects_are_close_where_they_are_small() -> None:
+    """Of windows that hide little, alone: within a factor of four of what was measured."""
+    plan = searched(pareto=True, max_drop=1e-3)
+    assert plan.search is not None
+    pairs = [(p["predicted"], p["measured"]) for p in plan.search["front"] if p["predicted"] and p["measured"]]
+    assert pairs and all(1 / 4 < predicted / measured < 4 for predicted, measured in pairs if measured < 1e-2)
+
+
+# --- plans elsewhere -------------------------------------------------------------------------------------------------
+
+
+def elsewhere(plan: Plan) -> Plan:
+    return dataclasses.replace(plan, target={**plan.target, "torch": "1.0"})
+
+
+def test_a_plan_of_another_machine_is_timed_again(times: dict[str, float], counted: list[str]) -> None:
+    plan = searched()
+    counted.clear()
+    torch.manual_seed(1)
+    model = rewriter.apply(Net().eval(), plan)
+    model(data(0))
+    assert not counted
+    rewriter.restore(model)
+    rewriter.apply(model, elsewhere(plan))
+    windowed = model(data(0))
+    report = rewriter.report_of(model)
+    assert counted and report is not None and any("torch differ" in note for note in report.notes)
+    rewriter.restore(model)
+    expected = model(data(0))
+    assert error(windowed, expected) > 1e-3
+    times["site"] = 11.0
+    rewriter.apply(model, elsewhere(plan))
+    assert torch.equal(model(data(0)), expected)
+    report = rewriter.report_of(model)
+    assert report is not None and any("took 5.50 of" in note for note in report.notes)
+
+
+def test_a_plan_for_other_weights_is_measured_or_refused() -> None:
+    plan = searched()
+    torch.manual_seed(2)
+    other = Net().eval()
+    with pytest.raises(PlanError, match=r"other weights.*project.weight has other values"):
+        rewriter.apply(other, plan)
+    expected = other(data(0))
+    rewriter.optimize(other, BATCHES, plan=plan, metric="cosine", max_drop=0.9)
+    report = rewriter.report_of(other)
+    assert report is not None and report.verdict is not None and report.verdict.held
+    assert report.verdict.samples == len(BATCHES) and error(other(data(0)), expected) > 1e-3
+    rewriter.restore(other)
+    with pytest.raises(GuardError, match="does not keep the bound"):
+        rewriter.optimize(other, BATCHES, plan=plan, metric="cosine", max_drop=1e-9)
+    assert rewriter.plan_of(other) is None and torch.equal(other(data(0)), expected)
+    with pytest.raises(PlanError, match=r"another model.*project.weight is missing; #.project.weight is new"):
+        rewriter.optimize(nn.Sequential(Net()).eval(), BATCHES, plan=plan)
