@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +22,30 @@ from rewriter import debug
 from rewriter.bench.cli import bench
 from rewriter.codegen.cli import kernels
 from rewriter.errors import GuardError, OptionError, RewriterError
+from rewriter.options import (
+    CALIBRATION,
+    DEVICE,
+    DROP_TYPE,
+    DTYPE,
+    GOAL,
+    LENGTH,
+    MAX_DROP,
+    METRIC,
+    RECALL_DROP,
+    RESUME,
+    SEED,
+    TARGET,
+    TIME_BUDGET,
+    VARIANTS,
+    WORST_DROP,
+    Goal,
+    dtype_of,
+    metric_of,
+    seconds,
+    variant_names,
+)
 from rewriter.terminal import JSON, Document, as_text, calm, progress, stdout
+from rewriter.tune.cli import tune
 
 app = typer.Typer(
     help="Finds every attention in a PyTorch model and replaces it by efficient variants, under an accuracy guard.",
@@ -34,38 +55,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
-
-
-class Goal(StrEnum):
-    """What `convert` makes small."""
-
-    latency = "latency"
-    memory = "memory"
-
-
-class DropType(StrEnum):
-    """What a drop is measured by."""
-
-    relative = "relative"
-    absolute = "absolute"
-
-
-class Dtype(StrEnum):
-    """The type to load the weights in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-TARGET = Annotated[
-    str, typer.Argument(metavar="TARGET", help="A Hugging Face checkpoint folder, or package.module:function.")
-]
-LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence.")]
-DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda; without it, the GPU if there is one.")]
-DTYPE = Annotated[Dtype | None, typer.Option(help="Load the weights in this type instead of the checkpoint's.")]
-MAX_DROP = Annotated[str, typer.Option(help="How much accuracy may fall: 1% or 0.01; with 0 only exact variants.")]
-SEED = Annotated[int, typer.Option(help="Of everything random.")]
+app.command()(tune)
 
 
 @app.command()
@@ -85,7 +75,7 @@ def explain(
 
     with progress() as advance:
         advance("loading", 0, None)
-        loaded = load_target(target, length=length, dtype=_dtype(dtype), device=device, seed=seed)
+        loaded = load_target(target, length=length, dtype=dtype_of(dtype), device=device, seed=seed)
         advance("capturing", 0, None)
         args, kwargs = loaded.example
         report = rewriter.explain(loaded.model, *args, **kwargs)
@@ -103,28 +93,23 @@ def explain(
 def convert(
     target: TARGET,
     out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
-    calibration: Annotated[
-        str | None, typer.Option(help=".txt, .jsonl or .pt file, or package.module:function; without it, exact only.")
-    ] = None,
+    calibration: CALIBRATION = None,
     max_drop: MAX_DROP = "1%",
-    drop_type: Annotated[
-        DropType | None, typer.Option(help="Relative to the original's value, as all metrics but kl are, or absolute.")
-    ] = None,
-    worst_drop: Annotated[
-        str | None, typer.Option(help="How much the worst sample may fall; without it, three times as much.")
-    ] = None,
-    recall_drop: Annotated[
-        str | None, typer.Option(help="How much of a language model's recall may go; 10% without it, 100%: not probed.")
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="A built-in metric, or package.module:name of a (function, direction) pair.")
-    ] = None,
-    goal: Annotated[Goal, typer.Option(help="What to make small.")] = Goal.latency,
-    time_budget: Annotated[str | None, typer.Option(help="Time for the search: 90s, 5m, 1h.")] = None,
+    drop_type: DROP_TYPE = None,
+    worst_drop: WORST_DROP = None,
+    recall_drop: RECALL_DROP = None,
+    metric: METRIC = None,
+    goal: GOAL = Goal.latency,
+    time_budget: TIME_BUDGET = None,
     length: LENGTH = None,
     dtype: DTYPE = None,
     device: DEVICE = None,
-    variants: Annotated[str | None, typer.Option(help="Only these, by name, with commas between.")] = None,
+    variants: VARIANTS = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan of `rewriter tune`: nothing is searched.")] = None,
+    revalidate: Annotated[
+        bool, typer.Option("--revalidate", help="Measure the plan on the calibration data first: for other weights.")
+    ] = False,
+    resume: RESUME = True,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> Document:
@@ -135,11 +120,13 @@ def convert(
     from rewriter.verdict import Limits
 
     check_output(out)
+    if revalidate != (plan is not None and calibration is not None):
+        raise OptionError("--revalidate measures a --plan on --calibration data: give all three, or --plan by itself")
     limits = Limits.checked(max_drop, drop_type, worst_drop, recall_drop)
     budget, names = seconds(time_budget), variant_names(variants)
     with progress() as advance:
         advance("loading", 0, None)
-        loaded = load_target(target, length=length, dtype=_dtype(dtype), device=device, seed=seed)
+        loaded = load_target(target, length=length, dtype=dtype_of(dtype), device=device, seed=seed)
         batches, notes = read_calibration(calibration, loaded, length) if calibration else (None, [])
         model = rewriter.optimize(
             loaded.model,
@@ -153,6 +140,8 @@ def convert(
             goal=goal.value,
             time_budget=budget,
             variants=names,
+            plan=plan,
+            resume=resume,
             seed=seed,
             progress=advance,
         )
@@ -215,43 +204,6 @@ def demo(
 
     console = Console(quiet=True) if as_json else stdout()
     return run_demo(max_drop=check_max_drop(max_drop), model=model, quick=quick, working=progress, console=console)
-
-
-def seconds(text: str | None) -> float | None:
-    """A duration: 90, 90s, 5m or 1h. Raises OptionError."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise OptionError(f"{text!r} is not a time: write 90s, 5m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def variant_names(text: str | None) -> list[str] | None:
-    """The names between commas, all of which must exist. Raises OptionError."""
-    from rewriter.variant import variants as all_variants
-
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in all_variants()]
-    if unknown or not names:
-        missing = f"there is no variant {unknown[0]!r}" if unknown else "no variant is named"
-        raise OptionError(f"{missing}: choose among {', '.join(all_variants())}")
-    return names
-
-
-def metric_of(text: str | None) -> Any:
-    """A built-in name as it is, or the object that package.module:name stands for."""
-    from rewriter.convert.target import is_function, lookup
-
-    return lookup(text) if text is not None and is_function(text) else text
-
-
-def _dtype(choice: Dtype | None) -> Any:
-    import torch
-
-    return None if choice is None else getattr(torch, choice.value)
 
 
 def _file_of(function: Callable[..., Any]) -> str:

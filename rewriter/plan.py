@@ -260,6 +260,6 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
     if check_weights and plan.fidelity != "exact" and ours["weights"] != theirs["weights"]:
         raise PlanError(
             f"the plan is for other weights of this architecture, and its accuracy was measured on those{detail}; tune "
-            "again, or have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
+            "again, have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
             "apply(..., check_weights=False)"
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter import cli, doctor, terminal
+from rewriter import cli, doctor, options, terminal
 from rewriter.convert.checkpoint import quiet
 from rewriter.errors import GuardError, OptionError
 
@@ -122,9 +122,40 @@ def test_convert(zoo: Path, run: Callable[..., Ran]) -> None:
 
 def test_convert_without_calibration_is_exact(zoo: Path, run: Callable[..., Ran]) -> None:
     status, out, _ = run("convert", "cli_zoo:attention", "--out", "faster", "--json")
-    assert status == 0 and out["guard"] is None and out["plan"]["format"] == 1
+    assert status == 0 and out["guard"] is None and out["plan"]["format"] == 2
     assert {d["fidelity"] for d in out["plan"]["decisions"]} == {"exact"}
     assert "No gain here" in out["outcome"] or "replaced" in out["outcome"]
+
+
+TUNE = ("tune", "cli_zoo:attention", "--calibration", "cli_zoo:batches")
+
+
+def test_tune_writes_a_plan_and_nothing_else(zoo: Path, run: Callable[..., Ran]) -> None:
+    before = set(zoo.iterdir())
+    status, out, _ = run(*TUNE, "--out", "p.json", "--pareto")
+    assert status == 0 and "The plan is in p.json." in out.replace("\n", " ")
+    assert {path.name for path in set(zoo.iterdir()) - before} - {"__pycache__"} == {"p.json"}
+    found = json.loads((zoo / "p.json").read_text())
+    assert found["search"]["metric"] == "cosine" and found["search"]["timeline"]
+    status, out, _ = run("convert", "cli_zoo:attention", "--plan", "p.json", "--out", "faster", "--json")
+    assert status == 0 and [d["variant"] for d in out["plan"]["decisions"]] in (["original"], ["sdpa"])
+    revalidated = ("--calibration", "cli_zoo:batches", "--revalidate", "--out", "again", "--json")
+    status, out, _ = run("convert", "cli_zoo:attention", "--plan", "p.json", *revalidated)
+    assert status == 0 and out["guard"]["held"]
+
+
+def test_a_dry_run_measures_and_writes_nothing(
+    zoo: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rewriter.tune.measure import SiteBench
+
+    monkeypatch.delattr(SiteBench, "compare")
+    before = set(zoo.iterdir())
+    status, out, _ = run(*TUNE, "--dry-run", "--json")
+    assert status == 0 and (out["sites"], out["kinds"], out["searched"] + out["held_out"]) == (1, 1, 4)
+    assert out["pairs"] >= 1 and {path.name for path in set(zoo.iterdir()) - before} <= {"__pycache__"}
+    status, out, _ = run(*TUNE, "--dry-run")
+    assert status == 0 and "1 attentions of 1 kinds" in out and "Nothing was measured" in out.replace("\n", " ")
 
 
 def test_variants(run: Callable[..., Ran]) -> None:
@@ -193,6 +224,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no such device": ((*ATTENTION, "--device", "abacus"), "no device 'abacus'"),
     "output not empty": (("convert", "cli_zoo:attention", "--out", "full"), "is not empty"),
     "output is a file": (("convert", "cli_zoo:attention", "--out", "empty.txt"), "is a file"),
+    "no data to tune on": (("tune", "cli_zoo:attention"), "needs --calibration"),
+    "no folder for the plan": ((*TUNE, "--out", "gone/p.json"), "there is no folder"),
+    "what is no plan in the way": ((*TUNE, "--out", "cli_zoo.py"), "is not a plan"),
+    "to revalidate nothing": ((*ATTENTION, "--revalidate"), "--plan"),
     "no target": (("explain",), "TARGET"),
     "no such command": (("improve", "cli_zoo:attention"), "improve"),
     "no such goal": ((*ATTENTION, "--goal", "beauty"), "beauty"),
@@ -280,11 +315,14 @@ def test_a_reader_that_leaves_early_is_no_traceback(root: Path) -> None:
 
 
 def test_durations() -> None:
-    assert cli.seconds("90") == cli.seconds("90s") == cli.seconds("1.5m") == 90 and cli.seconds("1h") == 3600
-    assert cli.seconds(None) is None
+    assert (
+        options.seconds("90") == options.seconds("90s") == options.seconds("1.5m") == 90
+        and options.seconds("1h") == 3600
+    )
+    assert options.seconds(None) is None
     for wrong in ("", "5 days", "-5m", "0", "m"):
         with pytest.raises(OptionError):
-            cli.seconds(wrong)
+            options.seconds(wrong)
 
 
 def test_json_never_holds_what_json_does_not_have() -> None:

@@ -27,12 +27,12 @@ class Sizes:
 
     short: int = 2048
     long: int = 8192
-    blocks: int = 3
+    blocks: int = 9
     search: float = 200.0
     timing: float = 30.0
 
 
-QUICK = Sizes(512, 1024, 3, 15.0, 3.0)
+QUICK = Sizes(512, 1024, 9, 15.0, 3.0)
 
 
 def parts(sizes: Sizes, max_drop: float, working: Working) -> Iterator[Part]:

@@ -129,13 +129,18 @@ class Workbench:
     fresh: bool = False
     ledgers: dict[str, Ledger] = field(default_factory=dict)
 
-    def choices(self, region: Region, seconds: float) -> SiteChoices:
-        """What may stand at a region's site, built for it."""
+    def candidates(self, region: Region) -> tuple[list[tuple[Variant, Config]], dict[str, str]]:
+        """(variant, config) pairs that may stand at a region's site, and the sentences of those that may not."""
         site, (q_len, kv_len) = region.match.site, region.lengths
         sized = site.sized(batch=region.batch, q_len=q_len, kv_len=kv_len)
         # Learned variants take part when they are asked for by name: fitting them costs minutes.
         fidelities = {"exact", "approximate"} | ({"learned"} if self.allowed is not None else set())
-        found, refused = candidates(sized, Target.current(site.device), self.allowed, frozenset(fidelities))
+        return candidates(sized, Target.current(site.device), self.allowed, frozenset(fidelities))
+
+    def choices(self, region: Region, seconds: float) -> SiteChoices:
+        """What may stand at a region's site, built for it."""
+        site = region.match.site
+        found, refused = self.candidates(region)
         named = [[variant.name, dict(config)] for variant, config in found]
         budget = min(_SECONDS_A_KIND, max(seconds, 0.0))
         what = [region.identity(), named, self.goal]

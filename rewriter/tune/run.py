@@ -137,7 +137,12 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     about = [version(), fingerprint(model), _glance(primary(outputs))]
     del outputs
     known = Ledger(about, request.fresh, kept=is_built_in(metric))
-    known.measured("repeats", metric.name, lambda: check_repeats(metric, model, search_half[0], dtype) or True)
+
+    def repeats() -> bool:
+        check_repeats(metric, model, search_half[0], dtype)
+        return True
+
+    known.measured("repeats", metric.name, repeats)
     tuning.about, record.metric = about, metric.name
 
     def scores_on(batches: Sequence[Batch]) -> Scores:

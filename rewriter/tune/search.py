@@ -33,7 +33,7 @@ _MARGIN = 0.8
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
 _CLOSE = 0.7
 """A plan that uses this part of its margin is as good as the next one."""
-_TRIALS = 8
+MOST_TRIALS = 8
 _WORTH_A_TRIAL = 0.99
 """The search ends where the next plan would cost more than this part of the best one."""
 _MOST_COLUMNS = 20_000
@@ -162,7 +162,7 @@ class Tuning:
         accepted.append(self.solved(0.0))
         margin = _MARGIN * bound
         budget = margin
-        while len(accepted) + len(failed) <= _TRIALS:
+        while len(accepted) + len(failed) <= MOST_TRIALS:
             plan = self.solved(budget)
             best = min(accepted, key=lambda each: each.cost)
             if plan.solution in {each.solution for each in accepted + failed}:
@@ -180,7 +180,7 @@ class Tuning:
 
     def _tried(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> Assembled:
         """Assemble and measure a plan, and correct the prediction by what is seen."""
-        self.progress("search", len(self.record.trials), _TRIALS)
+        self.progress("search", len(self.record.trials), MOST_TRIALS)
         self.place(plan.solution)
         found = scores.of(self.named(plan.solution))
         measured = drop(scores.metric, original, found) if found is not None else math.inf

@@ -1,0 +1,78 @@
+"""What a search would measure, without measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from rewriter.backend import check_goal, check_variants
+from rewriter.calibration import batches_from, check_batches, split, with_rows
+from rewriter.capture import compiled, module_names
+from rewriter.session import rerouted
+from rewriter.tune.choices import Workbench
+from rewriter.tune.deadline import Deadline
+from rewriter.tune.record import Progress, Record
+from rewriter.tune.search import MOST_TRIALS, Tuning
+from rewriter.tune.slots import SlotRewriter
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The size of a search.
+
+    kinds  of sites: each is measured once
+    pairs  (site, candidate) pairs whose effect is predicted
+    calls  of the model at most, by what they are for
+    """
+
+    sites: int
+    kinds: int
+    pairs: int
+    searched: int
+    held_out: int
+    calls: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sites} attentions of {self.kinds} kinds, {self.pairs} candidates at all of them together. "
+            f"{self.searched} batches guide the search and {self.held_out} decide: at most {self.calls} calls of the "
+            f"model; to try each candidate end to end would take {self.pairs * self.searched}. Nothing was measured."
+        )
+
+
+def rehearsed(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    goal: str = "latency",
+    variants: Iterable[str] | None = None,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> Rehearsal:
+    """Capture the model, and count. Raises as `optimize` does on bad input; the model stays as it is."""
+    goal, allowed = check_goal(goal), check_variants(variants)
+    batches = batches_from(calibration)
+    check_batches(model, batches)
+    searched, held_out = split(with_rows(model, batches), seed)
+    slots, workbench = SlotRewriter(None, names=module_names(model)), Workbench(goal, allowed)
+    tuning = Tuning(model, slots, goal, workbench, Deadline(None), progress, Record())
+    with rerouted(model, compiled(model, slots)):
+        tuning.capture(searched)
+    found = [workbench.candidates(region)[0] for region in slots.regions.values()]
+    original = len(searched) + len(held_out)
+    effects = 2 * min(len(searched), 4)
+    return Rehearsal(
+        sites=len(found),
+        kinds=len({region.identity() for region in slots.regions.values()}),
+        pairs=sum(map(len, found)),
+        searched=len(searched),
+        held_out=len(held_out),
+        calls=original + effects + MOST_TRIALS * len(searched) + 3 * len(held_out),
+    )
