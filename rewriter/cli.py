@@ -1,4 +1,4 @@
-"""The command line: `rewriter explain | convert | variants | doctor | demo | bench | kernels`.
+"""The command line: `rewriter explain | tune | report | convert | variants | doctor | demo | bench | kernels`.
 
 A command returns a JSON document; without `--json` it has printed the same for a person. `run` turns every error into
 one line on stderr and an exit status: 2 for bad input, 1 for a guard that failed, 3 for a defect of the library.
@@ -44,6 +44,7 @@ from rewriter.options import (
     seconds,
     variant_names,
 )
+from rewriter.report.cli import report
 from rewriter.terminal import JSON, Document, as_text, calm, progress, stdout
 from rewriter.tune.cli import tune
 
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
 app.command()(tune)
+app.command()(report)
 
 
 @app.command()

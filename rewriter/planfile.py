@@ -41,7 +41,7 @@ def write(plan: Plan, path: str | os.PathLike[str]) -> Path:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as cause:
         raise OutputError(f"the plan cannot be written as JSON ({cause}); give plain, finite values") from cause
-    _write({**files, file: text.encode()})
+    replace_files({**files, file: text.encode()})
     return file
 
 
@@ -73,7 +73,7 @@ def _written_here(file: Path) -> bool:
         return False
 
 
-def _write(files: Mapping[Path, bytes]) -> None:
+def replace_files(files: Mapping[Path, bytes]) -> None:
     """Write all beside their places and rename them then, so that a reader sees the old content or the new."""
     written: dict[Path, Path] = {}
     try:

@@ -89,9 +89,10 @@ def test_every_file_is_shipped(root: Path) -> None:
 
 def test_every_import_is_declared(root: Path) -> None:
     project = pyproject(root)["project"]
+    extras = project["optional-dependencies"]
     declared = {
         re.split(r"[^\w-]", requirement)[0].replace("-", "_")
-        for requirement in project["dependencies"] + project["optional-dependencies"]["demo"]
+        for requirement in project["dependencies"] + extras["demo"] + extras["report"]
     }
     used = {name.split(".")[0] for _, file in sources(root) if file.suffix == ".py" for name in imports(file)}
     assert used - sys.stdlib_module_names - {"rewriter"} <= declared

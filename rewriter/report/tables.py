@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,10 @@ from rewriter.report import Report, Timing
 from rewriter.report.candidates import Candidate
 from rewriter.site import AttentionSite, Refusal
 from rewriter.variant import ORIGINAL
+from rewriter.verdict import Verdict
+
+if TYPE_CHECKING:
+    from rewriter.report.facts import Facts
 
 WIDTH = 100
 
@@ -40,15 +45,41 @@ def print_report(report: Report, console: Console) -> None:
     if report.plan is not None:
         console.print("\n[bold]plan[/]")
         console.print(plan_table(report.plan))
-    if report.timings:
-        console.print("\n[bold]measured[/]")
-        console.print(timing_table(report.timings))
-    if report.verdict is not None:
-        console.print(f"\n[bold]guard[/]   {escape(str(report.verdict))}", highlight=False)
-        for check in report.verdict.checks:
-            console.print(f"[bold]guard[/]   {escape(str(check))}", highlight=False)
+    _print_measured(report.timings, report.verdict, console)
     for note in report.notes:
         console.print(f"[bold]note[/]    {escape(note)}", highlight=False)
+
+
+def print_plan(facts: Facts, console: Console) -> None:
+    """The same of a plan alone, and how it was found."""
+    plan = facts.plan
+    machine = plan.target.get("processor") or plan.target.get("device") or "a machine that it does not name"
+    head = f"{len(plan.decisions)} sites, {plan.fidelity}, made {plan.created} on {machine}"
+    console.print(f"[bold]plan for {escape(plan.goal)}[/]: {escape(head)}", highlight=False)
+    console.print(plan_table(plan))
+    _print_measured(facts.timings, facts.verdict, console)
+    console.print(f"\n[bold]search[/]  {escape(searched(facts))}", highlight=False)
+
+
+def searched(facts: Facts) -> str:
+    """How a plan was found, in a sentence."""
+    if facts.plan.search is None:
+        return "The plan does not hold a search."
+    counts = {name: facts.search[name] for name in ("pairs", "evaluations", "seconds") if name in facts.search}
+    words = {"pairs": "site and candidate pairs timed", "evaluations": "calls of the model for accuracy",
+             "seconds": "seconds"}  # fmt: skip
+    said = [f"{value:,.4g} {words[name]}" for name, value in counts.items()]
+    return ", ".join([*said, f"{len(facts.trials)} tried as a whole"]) + "."
+
+
+def _print_measured(timings: Sequence[Timing], verdict: Verdict | None, console: Console) -> None:
+    if timings:
+        console.print("\n[bold]measured[/]")
+        console.print(timing_table(timings))
+    if verdict is not None:
+        console.print(f"\n[bold]guard[/]   {escape(str(verdict))}", highlight=False)
+        for check in verdict.checks:
+            console.print(f"[bold]guard[/]   {escape(str(check))}", highlight=False)
 
 
 def site_table(sites: Iterable[AttentionSite]) -> Table:
@@ -107,7 +138,7 @@ def timing_table(timings: Iterable[Timing]) -> Table:
     """Original, result and their ratio."""
     table = _table("", "original", "result", "ratio", right=1)
     for timing in timings:
-        scale, unit = _scale(max(timing.original, timing.result), timing.unit)
+        scale, unit = scale_of(max(timing.original, timing.result), timing.unit)
         before, after = (f"{value * scale:,.4g} {unit}" for value in (timing.original, timing.result))
         _row(table, timing.what, before, after, f"{timing.ratio:.2f}x")
     return table
@@ -128,14 +159,25 @@ def changed(plan: Plan | None) -> int:
 
 def outcome(report: Report) -> str:
     """One sentence: what was gained."""
-    number = changed(report.plan)
+    return gained(report.plan, len(report.sites), report.timings)
+
+
+def gained(plan: Plan | None, sites: int, timings: Iterable[Timing]) -> str:
+    """The same of a plan for so many sites."""
+    number = changed(plan)
     if number == 0:
         return "No gain here, left as it is."
-    gains = [f"{t.what} {t.ratio:.2f} times {'smaller' if t.unit == 'bytes' else 'faster'}" for t in report.timings]
-    return f"{number} of {len(report.sites)} attentions replaced{': ' if gains else ''}{', '.join(gains)}."
+    gains = [f"{t.what} {t.ratio:.2f} times {'smaller' if t.unit == 'bytes' else 'faster'}" for t in timings]
+    return f"{number} of {sites} attentions replaced{': ' if gains else ''}{', '.join(gains)}."
 
 
-def _scale(largest: float, unit: str) -> tuple[float, str]:
+def amount(value: float, unit: str) -> str:
+    """A cost with its unit."""
+    scale, unit = scale_of(value, unit)
+    return f"{value * scale:,.4g} {unit}"
+
+
+def scale_of(largest: float, unit: str) -> tuple[float, str]:
     """One unit for both numbers of a line."""
     if unit == "bytes":
         return 1e-6, "MB"
