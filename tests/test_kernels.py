@@ -310,6 +310,8 @@ def flops(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: 
         ("sliding_window", {"window": 128, "sinks": 4}, Full(), 0.25),
         ("linear", {"feature_map": "hedgehog"}, Causal(), 0.3),
         ("linear", {"feature_map": "hedgehog"}, Full(), 0.3),
+        ("ecoformer", {"bits": 16, "anchors": 25, "bias_mode": "paper"}, Causal(), 0.3),
+        ("ecoformer", {"bits": 16, "anchors": 25, "bias_mode": "official"}, Full(), 0.3),
     ],
     ids=str,
 )
