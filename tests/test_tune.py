@@ -321,9 +321,8 @@ def test_nothing_faster_leaves_the_original(costs: dict[str, float]) -> None:
     model = rewriter.optimize(Net().eval(), BATCHES, max_drop=0.5)
     plan = rewriter.plan_of(model)
     assert plan is not None and variants_of(model) == {"original"}
-    assert {name: text[:7] for name, text in plan.decisions[0].refused.items() if name != "linear"} == {
-        "sdpa": "no gain", "sliding_window": "no gain",
-    }  # fmt: skip
+    refused = plan.decisions[0].refused
+    assert all(refused[name].startswith("no gain") for name in ("sdpa", "sliding_window"))
 
 
 # --- metrics, seed, time ---------------------------------------------------------------------------------------------
