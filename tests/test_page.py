@@ -144,6 +144,27 @@ def test_a_drawn_mask_is_the_mask(text: str) -> None:
     assert text in ("full", "sliding_window(9000, 100)") or not expected.all()
 
 
+def test_candidates_are_compared_by_what_was_measured(tuned: Path, tmp_path: Path) -> None:
+    def tried(cost: float, window: int, error: float | None = None) -> dict[str, Any]:
+        return {"variant": "sliding_window", "config": {"window": window}, "cost": cost, "error": error, "effect": None}
+
+    listed = [tried(4.0, 1), tried(5.0, 2), tried(4.0, 3), tried(2.0, 4, 0.25), tried(2.0, 5)]
+    own = {"variant": "sliding_window", "config": {"window": 1}, "fidelity": "approximate"}
+    plan = changed(
+        tuned, tmp_path / "plan.json", **own, tried=listed, evidence={"original_ms": 8.0, "candidate_ms": 4.0}
+    )
+    facts = Facts.of(Plan.load(plan))
+    first = facts.plan.decisions[0]
+    assert [facts.compared(first, each) for each in first.tried] == [
+        "chosen",
+        "slower than what was chosen",
+        "no better than what was chosen",
+        "faster than what was chosen, but changes what the site computes by 0.25",
+        "faster than what was chosen",
+    ]
+    assert [facts.gain(first, each) for each in first.tried] == [2.0, 1.6, 2.0, 4.0, 4.0]
+
+
 def test_masks_that_cannot_be_drawn() -> None:
     assert drawn(Mask.parse("padding")) is None and drawn(Mask.parse("dense")) is None
     assert drawn(Mask.parse(f"causal({10**30})")) is None

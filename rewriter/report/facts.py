@@ -132,7 +132,9 @@ class Facts:
         if cost is None or taken is None:
             return "not chosen"
         more, less = ("takes more memory", "takes less memory") if self.unit == "bytes" else ("slower", "faster")
-        if cost >= taken:
+        if cost == taken:
+            return "no better than what was chosen"
+        if cost > taken:
             return f"{more} than what was chosen"
         changes = f", but changes what the site computes by {tried.error:.2g}" if _finite(tried.error) else ""
         return f"{less} than what was chosen{changes}"
