@@ -255,10 +255,12 @@ class AttentionSite:
     source: str = ""
 
     def key(self) -> str:
-        """The identity of the computation, for plans and measurements: all facts but place, sizes and spelling."""
-        skip = {"path", "source", "batch", "q_len", "kv_len", "spelling", "edits", "tokens", "observed"}
+        """The identity of the computation, for plans and measurements: all facts but place, sizes and spelling. How
+        tokens lie is one of them where it is known: what a variant computes depends on it.
+        """
+        skip = {"path", "source", "batch", "q_len", "kv_len", "spelling", "edits", "observed"}
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
-        facts = {name: value for name, value in facts.items() if value != _PLAIN.get(name, _MISSING)}
+        facts = {name: value for name, value in facts.items() if value != _USUAL.get(name, _MISSING)}
         return ",".join(f"{name}={value}" for name, value in facts.items())
 
     @staticmethod
@@ -322,6 +324,7 @@ class AttentionSite:
 
 _MISSING = object()
 _PLAIN: dict[str, Any] = {"bias": "none", "softcap": None, "normaliser": "softmax", "sink": None, "factor": None}
+_USUAL: dict[str, Any] = {**_PLAIN, "tokens": None}
 """What most sites have, and their keys leave out."""
 
 _READERS: dict[str, Any] = {"int": int, "float": float, "Mask": Mask.parse}

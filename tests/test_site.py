@@ -153,7 +153,7 @@ def test_what_is_no_mask_is_a_value_error(text: str) -> None:
 
 def test_the_key_knows_the_computation_and_not_its_place_or_size() -> None:
     same = replace(
-        SITE, path="layers.1.attention", source="", spelling="sdpa", batch=None, q_len=None, kv_len=1, tokens="3x3",
+        SITE, path="layers.1.attention", source="", spelling="sdpa", batch=None, q_len=None, kv_len=1,
         edits=("squared",), observed=("bias table",),
     )  # fmt: skip
     assert same.key() == SITE.key()
@@ -161,12 +161,12 @@ def test_the_key_knows_the_computation_and_not_its_place_or_size() -> None:
         {"heads": 2}, {"kv_heads": 4}, {"head_dim": 32}, {"v_head_dim": 32}, {"dtype": "float32"}, {"scale": 1.0},
         {"mask": Causal()}, {"device": "cuda"}, {"softmax_dtype": None}, {"dropout_p": 0.1}, {"bias": "dense"},
         {"softcap": 5.0}, {"softcap": 6.0}, {"normaliser": "sigmoid"}, {"sink": "zero"}, {"sink": "learned"},
-        {"factor": "head"},
+        {"factor": "head"}, {"tokens": "3x3"}, {"tokens": "3x3+1"},
     ]  # fmt: skip
     keys = {replace(SITE, **other).key() for other in others}
     assert len(keys | {SITE.key()}) == len(others) + 1
     assert "=".join(("mask", "causal(0) & padding")) in SITE.key()
-    assert not any(name in SITE.key() for name in ("bias", "softcap", "normaliser", "sink", "factor")), (
+    assert not any(name in SITE.key() for name in ("bias", "softcap", "normaliser", "sink", "factor", "tokens")), (
         "the keys of plans that were written before these were known"
     )
 
@@ -189,6 +189,8 @@ def test_a_site_is_read_back_from_its_key(
     assert found.key() == site.key()
     assert {name: getattr(found, name) for name in beyond} == beyond
     assert found.elements == site.elements
+    grid = replace(site, tokens="14x14+1")
+    assert AttentionSite.parse(grid.key()).tokens == "14x14+1"
     assert (found.path, found.batch, found.q_len, found.kv_len) == ("here", None, None, None)
 
 

@@ -1,0 +1,204 @@
+"""Masks over grids: the rules of each axis, their identities, and the work that they save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rewriter.codegen.blocks import Lists
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.layout import (
+    BOX,
+    ENDLESS,
+    AxisRule,
+    Layout,
+    Place,
+    Rules,
+    box_of,
+    from_boxes,
+    layout_of,
+    pairs,
+    seeing,
+    share,
+    to_boxes,
+)
+from rewriter.errors import OptionError
+from rewriter.kernels.local.neighborhood import VARIANT as NEIGHBORHOOD
+from rewriter.kernels.local.neighborhood import Window
+from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal
+from rewriter.target import Target
+from rewriter.testing import assert_close, brute_force, inputs
+
+SITE = NEIGHBORHOOD.cases[2].site
+
+
+def on(tokens: str, **other: Any) -> AttentionSite:
+    layout = layout_of(replace(SITE, tokens=tokens, q_len=None, kv_len=None))
+    assert isinstance(layout, Layout)
+    return replace(SITE, tokens=tokens, **other).sized(batch=2, q_len=layout.length, kv_len=layout.length)
+
+
+def along(rule: AxisRule, size: int) -> Tensor:
+    """What one axis sees, bool (size, size)."""
+    x = torch.arange(size)
+    place = [
+        Place((x % rule.dilation).view(s), (x // rule.dilation).view(s), rule.dilation) for s in ((-1, 1), (1, -1))
+    ]
+    return torch.as_tensor(rule.sees(*place, size)).expand(size, size)
+
+
+def spans(rule: AxisRule, size: int) -> list[tuple[int, int]]:
+    found = []
+    for row in along(rule, size):
+        keys = row.nonzero().flatten().tolist()
+        assert keys == list(range(keys[0], keys[-1] + 1))
+        found.append((keys[0], keys[-1] + 1))
+    return found
+
+
+# The windows of NATTEN 0.21.
+VECTORS = [
+    (7, Window(3), [(0, 3), (0, 3), (1, 4), (2, 5), (3, 6), (4, 7), (4, 7)]),
+    (7, Window(4), [(0, 4)] * 3 + [(1, 5), (2, 6), (3, 7), (3, 7)]),
+    (8, Window(4, 2), [(0, 4)] * 2 + [(1, 5)] * 2 + [(3, 7)] * 2 + [(4, 8)] * 2),
+    (9, Window(5, 3), [(0, 5)] * 3 + [(2, 7)] * 3 + [(4, 9)] * 3),
+    (10, Window(4, 4), [(0, 4)] * 4 + [(4, 8)] * 4 + [(6, 10)] * 2),
+    (6, Window(3, causal=True), [(0, 1), (0, 2), (0, 3), (1, 4), (2, 5), (3, 6)]),
+    (7, Window(4, 2, causal=True), [(0, 1), (0, 2), (0, 3), (0, 4), (2, 5), (2, 6), (3, 7)]),
+]
+
+
+@pytest.mark.parametrize(("size", "rule", "expected"), VECTORS, ids=str)
+def test_windows_of_one_axis(size: int, rule: Window, expected: list[tuple[int, int]]) -> None:
+    assert spans(rule, size) == expected
+
+
+@pytest.mark.parametrize("size", [12, 13, 14, 17])
+@pytest.mark.parametrize(("window", "stride", "causal"), [(3, 1, False), (4, 2, False), (3, 2, True), (4, 4, False)])
+def test_a_dilated_window_is_one_of_each_residue(size: int, window: int, stride: int, causal: bool) -> None:
+    found = along(Window(window, stride, 3, causal), size)
+    expected = torch.zeros(size, size, dtype=torch.bool)
+    for residue in range(3):
+        own = len(range(residue, size, 3))
+        expected[residue::3, residue::3] = along(Window(window, stride, 1, causal), own)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [7, 10, 16])
+@pytest.mark.parametrize("stride", [1, 2, 3, 7])
+def test_a_window_over_the_axis_is_the_axis(size: int, stride: int) -> None:
+    assert along(Window(size, stride), size).all()
+    # A sequence has no end, and no leader is cut short by it.
+    assert torch.equal(along(Window(size + stride, stride, causal=True), size), torch.ones(size, size).tril().bool())
+
+
+@pytest.mark.parametrize("tokens", ["640", "24x24+1", "5x9x13+3"])
+@pytest.mark.parametrize("mask", [Full(), Full() & Padding()], ids=str)
+def test_windows_over_every_axis_are_exact(tokens: str, mask: Any) -> None:
+    site = on(tokens, mask=mask)
+    arguments = inputs(site, seed=1)
+    config = {"window": tokens.partition("+")[0], "stride": 2}
+    with torch.no_grad():
+        assert_close(NEIGHBORHOOD.build(site, config)(*arguments), brute_force(*arguments, site=site), torch.float32)
+
+
+@pytest.mark.parametrize("q_len", [1, 9, 300])
+def test_other_lengths_are_the_attention_of_the_site(q_len: int) -> None:
+    site = SITE.sized(batch=2, q_len=q_len, kv_len=300)
+    arguments = inputs(site, seed=2)
+    with torch.no_grad():
+        out = NEIGHBORHOOD.build(SITE, {"window": 4})(*arguments)
+    assert_close(out, brute_force(*arguments, site=site), torch.float32)
+    assert_close(NEIGHBORHOOD.reference(*arguments, SITE, {"window": 4}), out, torch.float32)
+
+
+def test_tokens_in_front_see_all_and_are_seen_by_all() -> None:
+    layout, rules = Layout((9, 10), 3), (Window(3), Window(4))
+    x = torch.arange(layout.length)
+    seen = seeing(layout, rules)(x[:, None], x)
+    assert seen[:3].all() and seen[:, :3].all()
+    assert torch.equal(seen[3:, 3:], torch.kron(along(rules[0], 9).int(), along(rules[1], 10).int()).bool())
+
+
+GRIDS = [
+    (Layout((24, 24), 1), (Window(8, 4), Window(5))),
+    (Layout((17, 34)), (Window(4, 1, 3), Window(7, 1, 2, True))),
+    (Layout((5, 9, 13), 70), (Window(2), Window(3, 1, 2), Window(4, 3))),
+    (Layout((100,), 2), (Window(5, 5, 7),)),
+]
+
+
+@pytest.mark.parametrize(("layout", "rules"), GRIDS, ids=str)
+def test_boxes_hold_the_same_tokens_and_the_same_mask(layout: Layout, rules: Rules) -> None:
+    box = box_of(layout, rules)
+    assert math.prod(box) == BOX
+    x = torch.randn(2, 3, layout.length, 5)
+    assert torch.equal(from_boxes(to_boxes(x, layout, rules, box), layout, rules, box), x)
+    named = to_boxes(torch.arange(1, layout.length + 1).view(1, 1, -1, 1), layout, rules, box)[0, 0, :, 0]
+    assert len(named) % BOX == layout.front % BOX
+    p, t = torch.arange(len(named)), torch.arange(layout.length)
+    seen = seeing(layout, rules, box)(p[:, None], p)
+    there = named > 0
+    assert not seen[there][:, ~there].any(), "what fills a box is not seen"
+    order = named[there] - 1
+    expected = seeing(layout, rules)(t[:, None], t)
+    assert torch.equal(seen[there][:, there], expected[order][:, order])
+
+
+def visited(layout: Layout, rules: Rules) -> int:
+    """Pairs of boxes, as a kernel's lists say."""
+    box = box_of(layout, rules)
+    query = to_boxes(torch.zeros(1, 1, layout.length, 8), layout, rules, box)
+    return Lists(Formula((seeing(layout, rules, box),)))(query, query, {}, BOX, BOX).visited
+
+
+@pytest.mark.parametrize(
+    ("layout", "rules", "expected"),
+    [
+        (Layout((64, 64)), (Window(13), Window(13)), 22 * 22),  # 3 of 8 boxes, 2 at each border
+        (Layout((64, 64)), (Window(8, 8), Window(8, 8)), 64),
+        (Layout((64, 64)), (Window(8, 1, 8), Window(8, 1, 8)), 64),  # each residue is a box
+        (Layout((64, 64), 1), (Window(8, 8), Window(8, 8)), 64 + 2 * 64 + 1),
+        (Layout((16, 32, 32)), (Window(4, 4), Window(8, 8), Window(8, 8)), 4 * (4 * 4) * 4 * 4),
+    ],
+    ids=str,
+)
+def test_lists_of_boxes_skip_what_is_hidden(layout: Layout, rules: Rules, expected: int) -> None:
+    assert visited(layout, rules) == expected
+    assert share(layout, rules) == pytest.approx(expected / (-(-layout.length // BOX)) ** 2, rel=0.02)
+
+
+def test_residues_of_unequal_number_are_skipped_too() -> None:
+    """Intervals decide what counting decides, but for borders that depend on the residue."""
+    layout, rules = Layout((50, 70)), (Window(5, 1, 3), Window(7, 1, 4))
+    counted = math.prod(pairs(r, n, s) for r, n, s in zip(rules, layout.sides, box_of(layout, rules), strict=True))
+    assert counted <= visited(layout, rules) <= 1.1 * counted
+
+
+def test_what_settings_and_sites_are_refused() -> None:
+    for config in ({"window": 25}, {"window": "4x4x4"}, {"window": 4, "stride": 5}, {"window": 9, "dilation": 3}):
+        with pytest.raises(OptionError):
+            NEIGHBORHOOD.build(SITE, config)
+    small = NEIGHBORHOOD.takes(on("14x14+1"), Target.current())
+    assert isinstance(small, Refusal) and "14x14+1" in small.reason and "too few" in small.reason
+    for tokens in ("", "windows", "2x2x2x2", "4x"):
+        assert not layout_of(replace(SITE, tokens=tokens, q_len=None, kv_len=None))
+    sequence = replace(SITE, mask=Causal(), tokens="", q_len=None, kv_len=None)
+    assert layout_of(sequence) == Layout((ENDLESS,)) == layout_of(replace(sequence, tokens="577"))
+
+
+def test_configs_save_more_than_half_by_their_boxes() -> None:
+    for tokens in ("24x24+1", "64x64", "16x32x32", "4096"):
+        site = on(tokens)
+        found = list(NEIGHBORHOOD.configs(site, Target.current()))
+        assert 1 <= len(found) <= 3
+        layout = layout_of(site)
+        assert isinstance(layout, Layout)
+        for config in found:
+            windows = [int(word) for word in str(config["window"]).split("x")]
+            assert math.prod(windows) <= 0.6 * math.prod(layout.sides)
