@@ -1,7 +1,8 @@
 """Fit the parameters of learned variants to the original attention, on what flowed through it.
 
 Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1): everything else is frozen, and each replaced attention is
-trained by itself to give the output of the original on the same queries, keys and values.
+trained by itself to give the output of the original on the same queries, keys and values. A module with a method
+`start`, of the arguments of a call, is first given those of the first sample, to set its parameters from data.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ def fit(module: nn.Module, samples: Sequence[Sample], *, steps: int = 60, rate: 
     optimizer = torch.optim.Adam(parameters, lr=rate)
     first = best = _loss_over(module, samples)
     kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    if callable(start := getattr(module, "start", None)):
+        start(*samples[0][0].given)
+        if (now := _loss_over(module, samples)) < best:
+            best, kept = now, {name: value.detach().clone() for name, value in module.state_dict().items()}
+        else:
+            module.load_state_dict(kept)
     with torch.enable_grad():
         for step in range(steps):
             optimizer.zero_grad(set_to_none=True)

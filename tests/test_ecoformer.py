@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewriter.kernels.linear.ecoformer import VARIANT, EcoFormer, signs
+from rewriter.kernels.linear.ecoformer import VARIANT, EcoFormer, signs, similar
+from rewriter.raising import Operands
+from rewriter.recover import fit
 from rewriter.site import AttentionSite, Causal, Full, Mask, Padding
-from rewriter.testing import assert_close, inputs
+from rewriter.testing import assert_close, brute_force, inputs
 from rewriter.variant import Config
 
 SITE = AttentionSite(
@@ -112,3 +114,38 @@ def test_later_tokens_change_nothing(mode: str) -> None:
     out = module(query, key, value, None, None)
     key[:, :, 25:], value[:, :, 25:] = 3.0, 100.0
     assert torch.equal(module(query, key, value, None, None)[:, :, :25], out[:, :, :25])
+
+
+def test_similar_are_the_most_and_the_least_of_what_is_seen() -> None:
+    scores = torch.arange(30.0).expand(2, 30)
+    seen = torch.ones(2, 30, dtype=torch.bool)
+    seen[0, :2], seen[1, 12:] = False, False
+    first, second = similar(scores, seen).tolist()
+    assert first == [0.0] * 2 + [-1.0] * 10 + [0.0] * 8 + [1.0] * 10
+    assert second == [-1.0] * 2 + [0.0] * 8 + [1.0] * 2 + [0.0] * 18, "10 of 12 are both"
+
+
+def clustered(site: AttentionSite, seed: int) -> tuple[Operands, Tensor]:
+    """Tokens of four kinds that attend to their own, and what comes of it."""
+    query, key, value, mask, padding = inputs(site, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(4, (2, 1, 40), generator=random)
+    centres = 4 * torch.eye(8)[:4][kinds]
+    given = Operands(0.5 * query + centres, 0.5 * key + centres, value + centres[..., :6], mask, padding)
+    return given, brute_force(*given.given, site=site).float()
+
+
+@pytest.mark.parametrize("mask", [Causal(), Full() & Padding()], ids=str)
+def test_the_hash_starts_from_what_attends_most_and_is_fitted_further(mask: Mask) -> None:
+    site = replace(SITE, mask=mask, scale=1.0)
+    samples = [clustered(site, seed) for seed in (1, 2)]
+    module, other = (built(site, config("paper", bits=16)) for _ in range(2))
+    before, started = fit(module, samples, steps=0)
+    assert started < 0.9 * before
+    operands, _ = clustered(site, 3)  # not what it was fitted to
+    products = (module.codes(operands.query) @ module.codes(operands.key).repeat_interleave(2, 1).mT).detach()
+    scores = operands.query @ operands.key.repeat_interleave(2, 1).mT
+    wanted = similar(scores, torch.ones_like(scores, dtype=torch.bool))
+    assert products[wanted > 0].mean() > products[wanted < 0].mean() + 8
+    assert fit(module, samples, steps=60)[1] < started
+    assert fit(other, samples, steps=0) == (before, started), "the same every time"

@@ -143,3 +143,16 @@ def test_a_fit_that_explodes_is_undone() -> None:
     module = Exploding()
     before, after = fit(module, scaled_samples(), steps=12)
     assert before == after == pytest.approx(4 / 9) and module.factor.item() == 1.0
+
+
+@pytest.mark.parametrize(("begin", "kept"), [(2.0, 2.0), (-5.0, 1.0)])
+def test_a_module_may_start_from_data_and_keeps_it_where_it_is_better(begin: float, kept: float) -> None:
+    class Starting(Scaled):
+        def start(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any) -> None:
+            assert value.shape == (1, 1, 5, 2)
+            self.factor.data.fill_(begin)
+
+    module = Starting()
+    before, after = fit(module, scaled_samples(), steps=0)
+    assert module.factor.item() == kept and before == pytest.approx(4 / 9)
+    assert after == pytest.approx((3 - kept) ** 2 / 9)

@@ -33,6 +33,7 @@ from rewriter.variant import Case, Config, Implementation, Variant
 
 _EPS = 1e-6  # a visible key weighs at least 1
 _BITS, _ANCHORS = 16, 25  # of the paper's models
+_NEIGHBOURS, _TOKENS = 10, 256  # how many keys are similar to a query, and from how many tokens of a call it is learned
 
 
 def signs(y: Tensor) -> Tensor:
@@ -42,6 +43,20 @@ def signs(y: Tensor) -> Tensor:
         return hard
     soft = torch.where(y.abs() < 1, y, 0.0)
     return hard + (soft - soft.detach())
+
+
+def similar(scores: Tensor, seen: Tensor) -> Tensor:
+    """+1 at the largest scores of each row, -1 at the smallest, of those that are seen; 0 elsewhere."""
+    count, found = min(_NEIGHBOURS, scores.shape[-1]), torch.zeros_like(scores)
+    for sign in (1.0, -1.0):
+        places = (sign * scores).masked_fill(~seen, -math.inf).topk(count).indices
+        found.scatter_add_(-1, places, torch.full_like(scores[..., :count], sign))  # where both, neither
+    return found.masked_fill(~seen, 0.0)
+
+
+def _spread(length: int, device: torch.device) -> Tensor:
+    """Places over a whole sequence."""
+    return torch.linspace(0, length - 1, min(length, _TOKENS), device=device).long()
 
 
 def formula(site: AttentionSite, config: Config) -> LinearFormula:
@@ -87,7 +102,7 @@ class EcoFormer(nn.Module):
     def __init__(self, site: AttentionSite, config: Config) -> None:
         super().__init__()
         self.formula, self.paper = formula(site, config), config["bias_mode"] == "paper"
-        self.beta = int(config["bits"]) + 1
+        self.beta, self.mask = int(config["bits"]) + 1, site.mask
         heads, anchors = site.kv_heads, int(config["anchors"])
         random = torch.Generator().manual_seed(0)
         points = F.normalize(torch.randn(heads, anchors, site.head_dim, generator=random), dim=-1)
@@ -98,11 +113,14 @@ class EcoFormer(nn.Module):
         self.log_sigma = nn.Parameter(torch.full((heads,), math.log(2.0), device=site.device))
         self.centre = nn.Parameter(torch.full((heads, anchors), math.exp(-0.5), device=site.device))
 
+    def distances(self, x: Tensor) -> Tensor:
+        """|x / |x| - anchor|^2: (B, Hkv, n, D) -> float64 (B, Hkv, n, m)."""
+        x, anchors = F.normalize(x.double(), dim=-1), self.anchors.double()
+        return x.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[:, None] - 2 * x @ anchors.mT
+
     def kernel(self, x: Tensor) -> Tensor:
         """exp(-|x / |x| - anchor|^2 / (2 sigma)), before it is centred: (B, Hkv, n, D) -> float64 (B, Hkv, n, m)."""
-        x, anchors = F.normalize(x.double(), dim=-1), self.anchors.double()
-        distance = x.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[:, None] - 2 * x @ anchors.mT
-        return (-0.5 * distance * (-self.log_sigma.double()).exp()[:, None, None]).exp()
+        return (-0.5 * self.distances(x) * (-self.log_sigma.double()).exp()[:, None, None]).exp()
 
     def codes(self, x: Tensor) -> Tensor:
         """h(x) of queries or keys, (B, heads, n, D) -> (B, heads, n, b).
@@ -114,6 +132,40 @@ class EcoFormer(nn.Module):
         phi = self.kernel(grouped.flatten(2, 3)) - self.centre.double()[:, None]
         codes: Tensor = signs(phi @ self.directions.double().mT).unflatten(2, grouped.shape[2:4])
         return codes.flatten(1, 2).to(x.dtype)
+
+    @torch.no_grad()
+    def start(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> None:
+        """The self-supervised hash of the paper's section 4.3, from the operands of a call, before any gradient.
+
+        Anchors are tokens, sigma their mean squared distance. Wanted of h_i . h_j is b for the keys of the largest
+        scores of a query, -b for those of the smallest. Bit by bit, a direction is the best for what is left of that
+        if the sign is relaxed to a bounded length, which has a solution, as in kernel-based supervised hashing. Where
+        the published code improves each bit by gradient descent, the fit that follows improves all together.
+        """
+        heads, bits, anchors = self.directions.shape
+        rows, columns = (_spread(x.shape[2], x.device) for x in (query, key))
+        seen = self.mask.visible(query.shape[2], key.shape[2], query.device)[rows][:, columns][None, None, None]
+        real = key.new_ones(len(key), len(columns), dtype=torch.bool) if padding is None else padding[:, columns]
+        q, k = query[:, :, rows].double().unflatten(1, (heads, -1)), key[:, :, columns].double()
+        left = bits * similar(q @ k[:, :, None].mT, seen & real[:, None, None, None, :]).flatten(2, 3)
+        q = q.flatten(2, 3)
+        tokens = torch.cat([q.transpose(0, 1).flatten(1, 2), k.transpose(0, 1)[:, real]], 1)
+        chosen = torch.randint(tokens.shape[1], (anchors,), generator=torch.Generator().manual_seed(0))
+        self.anchors.copy_(F.normalize(tokens[:, chosen.to(tokens.device)], dim=-1))
+        self.log_sigma.copy_(self.distances(tokens[None])[0].mean((1, 2)).clamp_min(_EPS).log())
+        self.centre.copy_(self.kernel(tokens[None])[0].mean(1))
+        phi_q, phi_k, all_phi = (self.kernel(x) - self.centre.double()[:, None] for x in (q, k, tokens[None]))
+        square = (all_phi.mT @ all_phi)[0] / tokens.shape[1]
+        root = torch.linalg.cholesky(square + _EPS * torch.eye(anchors, dtype=q.dtype, device=q.device))
+        for bit in range(bits):
+            agreement = (phi_q.mT @ left @ phi_k).sum(0)
+            half = torch.linalg.solve_triangular(root, agreement + agreement.mT, upper=False)
+            whitened = torch.linalg.solve_triangular(root, half.mT, upper=False)
+            best = torch.linalg.eigh((whitened + whitened.mT) / 2).eigenvectors[..., -1:]
+            # Half of unit variance: most numbers are below 1, where a gradient passes.
+            direction = 0.5 * torch.linalg.solve_triangular(root.mT, best, upper=True)
+            self.directions[:, bit] = direction[..., 0]
+            left = left - signs(phi_q @ direction) @ signs(phi_k @ direction).mT
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal or full, and `padding`."""
