@@ -29,6 +29,10 @@ _FEWEST = 16
 
 FormulaOf = Callable[[AttentionSite, Config], Formula]
 Build = Callable[[AttentionSite, Config], Implementation]
+Reads = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
+"""What a formula reads of a call beside its mask and padding, made from query, key and padding: a map of blocks, say.
+It is part of the call, and of what is measured.
+"""
 
 
 def defined(formula: FormulaOf) -> Callable[..., Tensor]:
@@ -55,14 +59,14 @@ def plainly(formula: FormulaOf) -> Build:
     return build
 
 
-def generated(formula: FormulaOf, plain: Build | None = None) -> Build:
+def generated(formula: FormulaOf, plain: Build | None = None, reads: Reads | None = None) -> Build:
     """The implementation of a formula. `plain` serves where nothing is generated: where derivatives are wanted on a
     CPU, without a compiler, and wherever it is faster.
     """
     otherwise = plain or plainly(formula)
 
     def build(site: AttentionSite, config: Config) -> Implementation:
-        return Generated(formula(site, config), site, otherwise(site, config))
+        return Generated(formula(site, config), site, otherwise(site, config), reads)
 
     return build
 
@@ -75,8 +79,10 @@ def traced(query: Tensor) -> bool:
 class Generated:
     """An attention by the fastest of what there is for its formula."""
 
-    def __init__(self, formula: Formula, site: AttentionSite, plain: Implementation) -> None:
-        self.formula, self.site, self.plain = formula, site, plain
+    def __init__(
+        self, formula: Formula, site: AttentionSite, plain: Implementation, reads: Reads | None = None
+    ) -> None:
+        self.formula, self.site, self.plain, self.reads = formula, site, plain, reads
         self._chosen: dict[Any, Implementation] = {}
         self.name = _registered(self)
 
@@ -113,8 +119,7 @@ class Generated:
     def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
         """Generated C++, each with a text that says which; nothing without a compiler."""
         query, key, value, mask, padding, *_ = given
-        tensors = passed(mask, padding)
-        formula = reading(self.formula, tensors)
+        formula, tensors = reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding)
         for size in cpp.sizes(formula, query, key, tensors):
             made = cpp.attention(formula, query, value, tensors, size)
             if isinstance(made, Refusal):
@@ -126,9 +131,14 @@ class Generated:
         from rewriter.codegen.softmax import contenders
 
         query, key, _, mask, padding, *_ = given
-        tensors = passed(mask, padding)
-        for made in contenders(reading(self.formula, tensors), tensors, query, key):
+        formula, tensors = reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding)
+        for made in contenders(formula, tensors, query, key):
             yield str(made), self._called(made)
+
+    def _tensors(self, query: Tensor, key: Tensor, mask: Tensor | None, padding: Tensor | None) -> dict[str, Tensor]:
+        """All that the formula reads of a call, by name."""
+        more = self.reads(query, key, padding) if self.reads else {}
+        return {**passed(mask, padding), **more}
 
     def _called(self, made: Callable[..., Tensor]) -> Implementation:
         """With the tensors of a call by their names."""
@@ -137,7 +147,7 @@ class Generated:
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
         ) -> Tensor:
             own = sink[0] if sink else None
-            return made(query, key, value, self.site.scale, sink=own, **passed(mask, padding))
+            return made(query, key, value, self.site.scale, sink=own, **self._tensors(query, key, mask, padding))
 
         return run
 
@@ -145,7 +155,8 @@ class Generated:
         from rewriter.tune.measure import alternate, medians
 
         device = given[0].device
-        place = json.dumps([self.site.key(), *made, sizes, Target.current(device).to_json()])
+        numbers = sorted(self.formula.numbers.items()) if self.reads else []  # what is read is in no text of a kernel
+        place = json.dumps([self.site.key(), *made, *numbers, sizes, Target.current(device).to_json()])
         candidates = {"plain": self.plain, **made}
         taken: dict[str, float] | None = recall("attention, by name", place)
         if taken is None:
