@@ -61,6 +61,10 @@ RECALL_DROP = Annotated[
 ]
 RESUME = Annotated[bool, typer.Option("--resume/--fresh", help="Believe what earlier runs measured, or measure anew.")]
 
+RAY = Annotated[
+    str | None, typer.Option(help="Measure ahead on the nodes of the Ray cluster at this address; needs rewriter[ray].")
+]
+
 
 def seconds(text: str | None) -> float | None:
     """A duration: 90, 90s, 5m or 1h. Raises OptionError."""

@@ -17,6 +17,7 @@ from rewriter.options import (
     LENGTH,
     MAX_DROP,
     METRIC,
+    RAY,
     RECALL_DROP,
     RESUME,
     SEED,
@@ -52,6 +53,7 @@ def tune(
     variants: VARIANTS = None,
     resume: RESUME = True,
     pareto: Annotated[bool, typer.Option("--pareto", help="Measure the front of cost against accuracy.")] = False,
+    ray: RAY = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, no more.")] = False,
     seed: SEED = 0,
     as_json: JSON = False,
@@ -60,11 +62,14 @@ def tune(
     import rewriter
     from rewriter.convert import load_target, read_calibration
     from rewriter.report.tables import outcome, print_report
+    from rewriter.tune.deadline import Deadline
     from rewriter.tune.rehearsal import rehearsed
     from rewriter.verdict import Limits
 
     if calibration is None:
         raise OptionError("a search needs --calibration data like those the model will see")
+    if ray is not None and not resume:
+        raise OptionError("what --ray measures reaches the search through the cache, which --fresh does not believe")
     limits = Limits.checked(max_drop, drop_type, worst_drop, recall_drop)
     budget, names = seconds(time_budget), variant_names(variants)
     _check_plan(out)
@@ -75,6 +80,24 @@ def tune(
         if dry_run:
             found = rehearsed(loaded.model, batches, goal=goal.value, variants=names, seed=seed, progress=advance)
         else:
+            if ray is not None:
+                from rewriter.tune.spread import Order, measure_ahead
+
+                order = Order(
+                    target=target,
+                    calibration=calibration,
+                    length=length,
+                    dtype=dtype_of(dtype),
+                    device=next((p.device.type for p in loaded.model.parameters()), "cpu"),
+                    metric=metric,
+                    goal=goal.value,
+                    variants=names,
+                    limits=limits,
+                    seed=seed,
+                )
+                deadline = Deadline(budget)
+                notes.append(str(measure_ahead(ray, order, deadline, advance)))
+                budget = None if budget is None else max(deadline.left, 1.0)
             model = rewriter.optimize(
                 loaded.model,
                 batches,

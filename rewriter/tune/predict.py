@@ -33,6 +33,11 @@ _MOST_BATCHES = 4
 """Batches on which effects are predicted."""
 
 
+def sampled(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Those on which effects are predicted."""
+    return batches[:: max(1, len(batches) // _MOST_BATCHES)][:_MOST_BATCHES]
+
+
 @dataclass
 class Predictor:
     """One pass over the candidates of a model whose calls run through slots."""
@@ -50,22 +55,15 @@ class Predictor:
         learned = any(c.variant.fidelity == "learned" for choices in self.choices.values() for c in choices.others)
         if learned:
             self._fit(batches[:_MOST_SAMPLES])
-        ledger = dataclasses.replace(self.ledger, kept=not learned)
-        named = {
-            path: [[c.variant.name, dict(c.config)] for c in choices.others] for path, choices in self.choices.items()
-        }
-        chosen = batches[:: max(1, len(batches) // _MOST_BATCHES)][:_MOST_BATCHES]
+        if learned:
+            self.ledger = dataclasses.replace(self.ledger, kept=False)
+        chosen = sampled(batches)
         found: list[dict[str, Any]] = []
         for number, batch in enumerate(chosen):
             if number and self.deadline.over():
                 break
             self.progress("predict effects", number, len(chosen))
-            what = [digest_of(batch), metric.name, named, seed]
-
-            def measure(number: int = number, batch: Batch = batch) -> dict[str, Any]:
-                return self._effects_on(metric, batch, seed + number)
-
-            found.append(ledger.measured("effects", what, measure))
+            found.append(self.measured(metric, batch, seed, number))
         self.record.effects = "gradients" if all(each["gradients"] for each in found) else "local errors"
         for path, choices in self.choices.items():
             for number, candidate in enumerate(choices.others):
@@ -74,6 +72,17 @@ class Predictor:
                 candidate.error = sum(errors) / len(errors) if errors else math.inf
                 if candidate.error < math.inf:
                     candidate.effects = [sum(column) / len(found) for column in zip(*(e for _, e in seen), strict=True)]
+
+    def measured(self, metric: Metric, batch: Batch, seed: int, number: int) -> dict[str, Any]:
+        """What is seen on the batch of that number among those sampled, in the form of `_effects_on`."""
+        named = {
+            path: [[c.variant.name, dict(c.config)] for c in choices.others] for path, choices in self.choices.items()
+        }
+        what = [digest_of(batch), metric.name, named, seed]
+        found: dict[str, Any] = self.ledger.measured(
+            "effects", what, lambda: self._effects_on(metric, batch, seed + number)
+        )
+        return found
 
     def _effects_on(self, metric: Metric, batch: Batch, seed: int) -> dict[str, Any]:
         """{"gradients": were there any, "sites": path -> number of the candidate -> [[error, effect by head]]}."""

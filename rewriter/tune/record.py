@@ -100,23 +100,23 @@ class Ledger:
     """Measurements by what was measured: those of an earlier run, finished or killed, are not made again.
 
     `about` says what all of them depend on. With `fresh` nothing is believed that was measured before this run; where
-    `kept` is False nothing is left for the next one.
+    `kept` is False nothing is left for the next one. What it knows is found by kind and place, as in the cache.
     """
 
     about: Sequence[Any]
     fresh: bool = False
     kept: bool = True
-    known: dict[str, Any] = field(default_factory=dict)
+    known: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def measured(self, kind: str, what: Any, make: Callable[[], Any]) -> Any:
         """The remembered value, plain as JSON is, or a new one."""
-        place = digest([kind, *self.about, what])
+        place = kind, digest([kind, *self.about, what])
         if place not in self.known:
-            found = None if self.fresh or not self.kept else recall(kind, place)
+            found = None if self.fresh or not self.kept else recall(*place)
             if found is None:
                 found = make()
                 if self.kept:
-                    remember(kind, place, found)
+                    remember(*place, found)
             self.known[place] = found
         return self.known[place]
 

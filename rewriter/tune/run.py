@@ -26,7 +26,7 @@ from rewriter.guard import (
     outputs_of,
     relative_rms,
 )
-from rewriter.metrics import Batch, is_built_in, primary, resolve_metric, with_drop_type
+from rewriter.metrics import Batch, Metric, is_built_in, primary, resolve_metric, with_drop_type
 from rewriter.plan import Plan
 from rewriter.report import Timing
 from rewriter.select import Selector, brief
@@ -115,8 +115,29 @@ def untuned(model: nn.Module, example: Any, request: Request) -> Session:
     return request.finished(session, None, timing)
 
 
-def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
-    """All training-free variants, and the learned ones that were asked for, under the guard."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model before its search: captured with slots, the data read and split, the metric known."""
+
+    request: Request
+    record: Record
+    tuning: Tuning
+    through_slots: Callable[..., Any]
+    metric: Metric
+    dtype: torch.dtype
+    search_half: Sequence[Batch]
+    held_out: Sequence[Batch]
+
+    def scores_on(self, batches: Sequence[Batch]) -> Scores:
+        """The metric on some batches."""
+        model, about = self.tuning.model, self.tuning.about
+        original = partial(unrouted, model)
+        fresh = self.request.fresh
+        return Scores(self.metric, model, batches, about, original=original, record=self.record, fresh=fresh)
+
+
+def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> Prepared:
+    """What a search starts from; nothing is measured yet. The model's calls go where its author sent them."""
     batches = batches_from(calibration)
     check_batches(model, batches)
     search_half, held_out = split(with_rows(model, batches), request.seed)
@@ -133,27 +154,29 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
     metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
     metric = with_drop_type(metric, request.limits.drop_type)
-    dtype = primary(outputs).dtype
-    about = [version(), fingerprint(model), _glance(primary(outputs))]
-    del outputs
-    known = Ledger(about, request.fresh, kept=is_built_in(metric))
+    tuning.about, record.metric = [version(), fingerprint(model), _glance(primary(outputs))], metric.name
+    return Prepared(
+        request=request, record=record, tuning=tuning, through_slots=through_slots, metric=metric,
+        dtype=primary(outputs).dtype, search_half=search_half, held_out=held_out,
+    )  # fmt: skip
+
+
+def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
+    """All training-free variants, and the learned ones that were asked for, under the guard."""
+    at = prepared(model, calibration, request)
+    request, record, tuning, slots = at.request, at.record, at.tuning, at.tuning.slots
+    metric, dtype, search_half, held_out = at.metric, at.dtype, at.search_half, at.held_out
 
     def repeats() -> bool:
         check_repeats(metric, model, search_half[0], dtype)
         return True
 
-    known.measured("repeats", metric.name, repeats)
-    tuning.about, record.metric = about, metric.name
-
-    def scores_on(batches: Sequence[Batch]) -> Scores:
-        original = partial(unrouted, model)
-        return Scores(metric, model, batches, about, original=original, record=record, fresh=request.fresh)
-
+    Ledger(tuning.about, request.fresh, kept=is_built_in(metric)).measured("repeats", metric.name, repeats)
     request.progress("measure the original", 0, None)
-    on_search, on_held_out = scores_on(search_half), scores_on(held_out)
+    on_search, on_held_out = at.scores_on(search_half), at.scores_on(held_out)
     original, reference = on_search.original(), on_held_out.original()
 
-    route(model, through_slots)
+    route(model, at.through_slots)
     notes = []
     try:
         tuning.measure_sites()
@@ -188,7 +211,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
             timing, gain = _compared(model, batch, request, rival)
             if timing.ratio >= 1 and gain >= 1:
                 if request.pareto or inexact:
-                    with rerouted(model, through_slots):
+                    with rerouted(model, at.through_slots):
                         measured_on = (on_search, original) if request.pareto else (None, None)
                         tuning.draw_front(request.max_drop, plan.solution, *measured_on)
                 session.search = record.to_json()

@@ -36,7 +36,7 @@ class Scores:
     ) -> None:
         self.metric, self.batches = metric, batches
         self._model, self._original, self._record = model, original, record
-        self._ledger = Ledger(about, fresh, kept=is_built_in(metric))
+        self.ledger = Ledger(about, fresh, kept=is_built_in(metric))
         self._names = [digest_of(batch) for batch in batches]
         self._references: dict[int, Any] = {}
         self.seconds_a_batch = 0.0
@@ -84,6 +84,6 @@ class Scores:
                 self._record.evaluations += 1
                 return found.samples
 
-            found = self._ledger.measured("metric", [self.metric.name, name, plan], made)
+            found = self.ledger.measured("metric", [self.metric.name, name, plan], made)
             samples += [(float(total), float(weight)) for total, weight in found]
         return Measurement(self.metric, tuple(samples))

@@ -94,11 +94,14 @@ class Tuning:
 
     def measure_effects(self, metric: Metric, batches: Sequence[Batch], seed: int) -> None:
         """The local error of what is not exact, and its predicted effect on the metric."""
-        predictor = Predictor(
+        self.predictor().run(metric, batches, seed)
+
+    def predictor(self) -> Predictor:
+        """What predicts the effects of the choices as they are now."""
+        return Predictor(
             self.model, self.switches, self.choices, self.deadline, self.progress, self.record,
             Ledger(self.about, self.workbench.fresh),
         )  # fmt: skip
-        predictor.run(metric, batches, seed)
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
