@@ -149,7 +149,7 @@ def test_candidates_are_compared_by_what_was_measured(tuned: Path, tmp_path: Pat
         return {"variant": "sliding_window", "config": {"window": window}, "cost": cost, "error": error, "effect": None}
 
     listed = [tried(4.0, 1), tried(5.0, 2), tried(4.0, 3), tried(2.0, 4, 0.25), tried(2.0, 5)]
-    own = {"variant": "sliding_window", "config": {"window": 1}, "fidelity": "approximate"}
+    own = {"variant": "sliding_window", "config": {"window": 1}, "fidelity": "approximate", "heads": []}
     plan = changed(
         tuned, tmp_path / "plan.json", **own, tried=listed, evidence={"original_ms": 8.0, "candidate_ms": 4.0}
     )
