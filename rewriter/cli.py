@@ -1,4 +1,4 @@
-"""The command line: `rewriter explain | tune | report | convert | variants | doctor | demo | bench | kernels`.
+"""Commands: `rewriter explain | tune | report | convert | variants | simulate | doctor | demo | bench | kernels`.
 
 A command returns a JSON document; without `--json` it has printed the same for a person. `run` turns every error into
 one line on stderr and an exit status: 2 for bad input, 1 for a guard that failed, 3 for a defect of the library.
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from rewriter import debug
 from rewriter.bench.cli import bench
-from rewriter.codegen.cli import kernels
+from rewriter.codegen.cli import kernels, simulate
 from rewriter.errors import GuardError, OptionError, RewriterError
 from rewriter.options import (
     CALIBRATION,
@@ -58,6 +58,7 @@ app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
 app.command()(tune)
 app.command()(report)
+app.command()(simulate)
 
 
 @app.command()

@@ -1,7 +1,10 @@
-"""`rewriter kernels show | compile | defaults`: generated source, and what it becomes on machines that are not here."""
+"""`rewriter kernels show | compile | defaults`: generated source, and what it becomes on machines that are not here.
+`rewriter simulate`: how much a window of a grid can gain.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,3 +155,59 @@ def _print(rows: list[dict[str, str]]) -> None:
         for name, value in row.items():
             table.add_row(name, value)
         stdout().print(table, "")
+
+
+SIZES = "numbers by axis, as 16x8x8, or one for all"
+
+
+def simulate(
+    grid: Annotated[str, typer.Option(help="Tokens along each of one to three axes, as 30x48x80.")],
+    window: Annotated[str, typer.Option(help=f"Keys that a query sees: {SIZES}.")],
+    stride: Annotated[str, typer.Option(help=f"Queries that share a window: {SIZES}.")] = "1",
+    dilation: Annotated[str, typer.Option(help=f"Distance of the keys in a window: {SIZES}.")] = "1",
+    causal: Annotated[str, typer.Option(help="1 for a causal axis, 0 for others, as 1x0x0.")] = "0",
+    tile: Annotated[
+        str | None, typer.Option(help="Tokens of a kernel's tile, as 2x8x8, or of queries/of keys.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--search", help="Find the best stride and tile for the window.")] = False,
+    tokens: Annotated[
+        str, typer.Option(help="With --search: tokens in a tile, as 128, or of queries/of keys.")
+    ] = "128",
+    as_json: JSON = False,
+) -> Document:
+    """The most that attention in windows of a grid can gain, counted in tiles of a kernel."""
+    from rewriter.codegen import simulate as counted
+
+    if best == (tile is not None):
+        raise OptionError("give either a --tile, or --search to find one")
+    if best and stride != "1":
+        raise OptionError("--search finds the stride: leave out --stride")
+    axes = counted.axes_of(_sizes(grid), _sizes(window), _sizes(stride), _sizes(dilation), _sizes(causal))
+    shapes = [_sizes(half) for half in (tokens if tile is None else tile).split("/")]
+    if len(shapes) > 2 or (best and any(len(shape) != 1 for shape in shapes)):
+        raise OptionError("a tile is one size, or that of queries and that of keys with a / between them")
+    ends = shapes[0], shapes[-1]
+    found = counted.search(axes, ends[0][0], ends[1][0]) if best else counted.bound(axes, *ends)
+    rows = counted.bound_in_rows(axes, math.prod(found.query_tile), math.prod(found.key_tile))
+    if not as_json:
+        one = {
+            "stride": _words(found.stride),
+            "tile": "/".join(dict.fromkeys(map(_words, (found.query_tile, found.key_tile)))),
+            "at most": f"{found.speedup:.2f}x",
+            "by tokens": f"{found.ideal:.2f}x",
+            "tiles in rows": f"{rows:.2f}x",
+            "masks": "none needed" if found.dense else "in some tiles",
+        }
+        _print([one])
+    return {**found.to_json(), "speedup_in_rows": rows}
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    words = text.split("x")
+    if not all(word.isdecimal() for word in words):
+        raise OptionError(f"{text!r} is not a size: numbers with an x between them, as 30x48x80")
+    return tuple(map(int, words))
+
+
+def _words(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
