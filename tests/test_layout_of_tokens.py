@@ -28,11 +28,15 @@ from rewriter.codegen.layout import (
     to_boxes,
 )
 from rewriter.errors import OptionError
+from rewriter.kernels.local.axial import Across, Along
+from rewriter.kernels.local.dilated import Global, Local
+from rewriter.kernels.local.halo import Halo
 from rewriter.kernels.local.neighborhood import VARIANT as NEIGHBORHOOD
 from rewriter.kernels.local.neighborhood import Window
 from rewriter.site import AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import assert_close, brute_force, inputs
+from rewriter.variant import variants
 
 SITE = NEIGHBORHOOD.cases[2].site
 
@@ -202,3 +206,76 @@ def test_configs_save_more_than_half_by_their_boxes() -> None:
         for config in found:
             windows = [int(word) for word in str(config["window"]).split("x")]
             assert math.prod(windows) <= 0.6 * math.prod(layout.sides)
+
+
+# --- identities between variants -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block", "halo"), [(4, 1), (5, 2), (8, 3), (3, 3)])
+def test_a_halo_is_a_strided_neighborhood(block: int, halo: int) -> None:
+    size = 6 * block
+    strided = along(Window(block + 2 * halo, block), size)
+    assert torch.equal(along(Halo(block, halo, shift=True), size), strided)
+    masked = along(Halo(block, halo), size)
+    assert torch.equal(masked[block:-block], strided[block:-block]) == (halo <= block)
+    assert torch.equal(masked[0].nonzero().flatten(), torch.arange(block + halo)), "what is outside is not seen"
+
+
+@pytest.mark.parametrize(("size", "group"), [(12, 4), (20, 5), (16, 16), (16, 1)])
+def test_scopes_are_strided_and_dilated_neighborhoods(size: int, group: int) -> None:
+    assert torch.equal(along(Local(group), size), along(Window(group, group), size))
+    assert torch.equal(along(Global(size // group), size), along(Window(group, 1, size // group), size))
+
+
+def test_an_axis_is_a_window_of_all_of_it_and_of_one_across() -> None:
+    assert torch.equal(along(Along(), 9), along(Window(9), 9))
+    assert torch.equal(along(Across(), 9), along(Window(1), 9))
+    assert torch.equal(along(Along(causal=True), 9), torch.ones(9, 9).tril().bool())
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "config"),
+    [
+        ("halo", "5x9x13", {"block": 13, "halo": 0, "border": "mask"}),
+        ("halo", "24x24+1", {"block": 9, "halo": 24, "border": "shift"}),
+        ("dilated", "24x24+1", {"scope": "local", "group": 24}),
+        ("dilated", "5x9x13", {"scope": "global", "group": 13}),
+        ("axial", "1x600", {"axis": 1}),
+    ],
+)
+def test_exact_where_nothing_is_hidden(name: str, tokens: str, config: Any) -> None:
+    site = on(tokens)
+    arguments = inputs(site, seed=3)
+    wide = [t.double() for t in arguments[:3]]
+    out = variants()[name].reference(*wide, *arguments[3:], site, config)
+    assert_close(out, brute_force(*arguments, site=site), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rules", "expected"),
+    [
+        (Layout((64, 64)), (Halo(8, 8), Halo(8, 8)), 22 * 22),
+        (Layout((64, 64)), (Local(8), Local(8)), 64),
+        (Layout((64, 64)), (Global(8), Global(8)), 64),
+        (Layout((64, 64)), (Along(), Across()), 64),
+    ],
+    ids=str,
+)
+def test_their_lists_skip_what_is_hidden(layout: Layout, rules: Rules, expected: int) -> None:
+    assert visited(layout, rules) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("halo", {"block": 8, "halo": 2}),
+        ("halo", {"block": 8, "halo": 2, "border": "zero"}),
+        ("halo", {"block": 0, "halo": 2, "border": "mask"}),
+        ("dilated", {"scope": "near", "group": 8}),
+        ("dilated", {"scope": "local", "group": "8x8x8"}),
+        ("axial", {"axis": 2}),
+    ],
+)
+def test_what_settings_of_the_others_are_refused(name: str, config: Any) -> None:
+    with pytest.raises(OptionError):
+        variants()[name].build(SITE, config)
