@@ -1,0 +1,179 @@
+"""Sparsely-sharded attention: each head sees the blocks near the query, and a shard of the others that is its own.
+
+S2-Attention (Lin et al. 2024, arXiv:2407.17678), as in the authors' code. With blocks of `block` tokens, a
+query of block m sees the keys of block n <= m (token by token in its own block, by the site's causal mask) iff
+
+    m - n < local   or   (n + g * step + phase) % stride == 0   or   g is among the last `dense` key/value heads
+
+for the key/value head g, which all its query heads share, and step = max(1, stride // number of query heads), 0 where
+all heads are `alike`. The phase is absolute: a column behind the window is kept for all later queries or for none, so a
+step of decoding reads 1/stride of the cache, and what is never read again needs no memory. Exact with stride 1, and
+while all keys are local. Work is O(N * (N / stride + local * block)); grouped keys and values are not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.implementation import defined, generated
+from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
+from rewriter.target import Target
+from rewriter.variant import Case, Config, Implementation, Variant
+
+_BLOCK = 64
+_OFFERED = ((16, 8), (8, 8), (4, 16))
+"""Local blocks and stride: the paper's setting for short contexts, and two that keep less."""
+_ROWS = 256
+"""Queries that share one copy of their keys in the plain implementation."""
+
+
+def kept(
+    h: Any, i: Any, j: Any, block: int, local: int, stride: int, step: int, phase: int, group: int, sparse: int
+) -> Any:
+    """Near blocks, the head's shard of the others, and everything for the heads behind the sparse ones."""
+    own = (j // block + h // group * step + phase) % stride == 0
+    return (i // block - j // block < local) | own | (h // group >= sparse)
+
+
+def numbers(site: AttentionSite, config: Config) -> dict[str, int]:
+    """Those of `kept`."""
+    stride = int(config["stride"])
+    return {
+        "block": int(config["block"]),
+        "local": int(config["local"]),
+        "stride": stride,
+        "step": 0 if config.get("alike", False) else max(1, stride // site.heads),
+        "phase": int(config.get("phase", 0)),
+        "group": site.heads // site.kv_heads,
+        "sparse": site.kv_heads - int(config.get("dense", 0)),
+    }
+
+
+def formula(site: AttentionSite, config: Config) -> Formula:
+    """The site's own, with fewer keys."""
+    own = of_site(site)
+    return replace(own, masks=(*own.masks, kept), numbers={**own.numbers, **numbers(site, config)})
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    scale: float,
+    pattern: dict[str, int],
+) -> Tensor:
+    """Blocks of queries, each with a copy of the keys that it can see, for each key/value head its own. `mask` is not
+    read: the site's mask is causal, and `padding`.
+    """
+    sparse, group = pattern["sparse"], pattern["group"]
+    if 0 < sparse < key.shape[1]:  # what the dense heads see is one slice, without a copy
+        heads = slice(0, sparse), slice(sparse, None)
+        parts = [(query.unflatten(1, (-1, group))[:, of].flatten(1, 2), key[:, of], value[:, of]) for of in heads]
+        both = zip(parts, (pattern, pattern | {"sparse": 0}), strict=True)
+        return torch.cat([attend(*part, None, padding, scale=scale, pattern=each) for part, each in both], 1)
+    past, out = key.shape[2] - query.shape[2], []
+    for start in range(0, query.shape[2], _ROWS):
+        rows = query[:, :, start : start + _ROWS]
+        i = torch.arange(past + start, past + start + rows.shape[2], device=query.device)
+        near, stop = behind(past + start, pattern), max(past + start + rows.shape[2], 1)
+        j = torch.arange(near, stop, device=query.device)[None]
+        k, v = key[:, :, near:stop], value[:, :, near:stop]
+        real = torch.ones_like(j, dtype=torch.bool)
+        if near:
+            far = shards(near, key.shape[1], pattern, query.device)
+            real = torch.cat([far < near, real.expand(len(far), -1)], 1)
+            j = torch.cat([far.clamp(max=near), j.expand(len(far), -1)], 1)
+            head = torch.arange(len(far), device=query.device)[:, None]
+            k, v = key[:, head, j], value[:, head, j]
+        h = torch.arange(len(j), device=query.device)[:, None, None] * group
+        seen = (kept(h, i[:, None], j[:, None], **pattern) & (j[:, None] <= i[:, None]) & real[:, None])[None]
+        seen = seen if padding is None else seen & padding[:, j][:, :, None]
+        bias = rows.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        bias = bias if len(j) == 1 else bias.repeat_interleave(group, 1)
+        out.append(F.scaled_dot_product_attention(rows, k, v, bias, scale=scale, enable_gqa=group > 1))
+    return torch.cat(out, 2)
+
+
+def behind(first: int, pattern: dict[str, int]) -> int:
+    """Where the local keys of a query begin. Dense heads have no others."""
+    block = pattern["block"]
+    return max(first // block - pattern["local"] + 1, 0) * block if pattern["sparse"] else 0
+
+
+def shards(near: int, kv_heads: int, pattern: dict[str, int], device: torch.device) -> Tensor:
+    """int64 (Hkv, n): each head's own keys among the first `near`, of blocks that go one beyond it for some heads."""
+    block, stride = pattern["block"], pattern["stride"]
+    first = -(torch.arange(kv_heads, device=device) * pattern["step"] + pattern["phase"]) % stride
+    blocks = first[:, None] + torch.arange(0, near // block, stride, device=device)
+    return (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
+
+
+def applies(site: AttentionSite, target: Target) -> bool | Refusal:
+    """Causal self-attention, with or without padding, over more keys than twice the fewest local ones."""
+    reason, fewest = "", 2 * _BLOCK * min(local for local, _ in _OFFERED)
+    if site.dropout_p > 0:
+        reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
+    elif site.mask.has(Dense):
+        reason = "the mask is a tensor of which nothing is known, so what a shard of it means is not known either"
+    elif site.mask.positional != Causal() and not site.single_query_decode:
+        reason = f"shards are defined for a causal mask, and this one is {site.mask}"
+    elif site.kv_len is not None and site.kv_len <= fewest:
+        reason = f"{site.kv_len} keys are too few for shards: of {fewest} the local ones are half"
+    return Refusal(reason, site.path, site.source) if reason else True
+
+
+def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
+    """The most keys first; none whose local blocks hold half of the keys."""
+    fitting = [each for each in _OFFERED if site.kv_len is None or 2 * _BLOCK * each[0] < site.kv_len]
+    return [{"block": _BLOCK, "local": local, "stride": stride} for local, stride in fitting]
+
+
+def gathered(site: AttentionSite, config: Config) -> Implementation:
+    """Keys gathered for each head, in plain PyTorch."""
+    return partial(attend, scale=site.scale, pattern=numbers(site, config))
+
+
+_SITE = AttentionSite(
+    path="case", heads=6, kv_heads=2, head_dim=16, v_head_dim=16, dtype="float32", scale=0.25, mask=Causal(),
+    batch=3, q_len=520, kv_len=520,
+)  # fmt: skip
+_SMALL: Config = {"block": 16, "local": 2, "stride": 3}
+_MIXED: Config = {"block": 16, "local": 1, "stride": 12, "phase": 5, "dense": 1}
+
+VARIANT = Variant(
+    name="s2",
+    paper="arXiv:2407.17678",
+    fidelity="approximate",
+    reference=defined(formula),
+    applies=applies,
+    configs=configs,
+    build=generated(formula, gathered),
+    formula=formula,
+    cases=[
+        Case(site=_SITE),
+        Case(site=replace(_SITE, dtype="bfloat16", q_len=515, kv_len=515), configs=[_SMALL]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), v_head_dim=8), configs=[_MIXED]),
+        Case(site=replace(_SITE, kv_heads=6, q_len=500), configs=[{**_SMALL, "alike": True}]),
+        Case(site=replace(_SITE, q_len=1), configs=[_SMALL]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), q_len=3), configs=[_SMALL]),
+    ],
+    near_misses=[
+        replace(_SITE, dropout_p=0.1),
+        replace(_SITE, mask=Causal() & Dense()),
+        replace(_SITE, mask=SlidingWindow(255, 0)),
+        replace(_SITE, mask=Causal(1)),
+        replace(_SITE, mask=Full()),
+        replace(_SITE, q_len=512, kv_len=512),
+    ],
+)

@@ -1,0 +1,105 @@
+"""Sharded attention: its published pattern, the blocks that are visited, what decoding reads, and compilation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rewriter.codegen.blocks import runs_of
+from rewriter.codegen.families import kernels_of
+from rewriter.codegen.formula import Formula, indices
+from rewriter.site import Causal, Full, Padding, Refusal
+from rewriter.target import Target
+from rewriter.testing import assert_close, brute_force, inputs
+from rewriter.variant import Config, variants
+
+S2 = variants()["s2"]
+SITE = S2.cases[0].site
+
+
+def visible(formula: Formula, heads: int, length: int) -> torch.Tensor:
+    """bool (H, N, N) of a formula's masks."""
+    given = indices(torch.empty(1, heads, length, 1), torch.empty(1, heads, length, 1))
+    return formula._visible(**formula.numbers, **given).expand(1, heads, length, length)[0]
+
+
+def test_the_published_pattern() -> None:
+    """Two heads, 6 blocks, 2 of them local, stride 3."""
+    site = replace(SITE, heads=2, kv_heads=2)
+    formula = S2.formula(site, {"block": 4, "local": 2, "stride": 3})
+    seen = visible(formula, 2, 24)
+    assert not (seen & ~torch.ones(24, 24).tril().bool()).any(), "causal token by token"
+    rows = [["".join("01"[int(x)] for x in row) for row in head] for head in seen[:, 3::4, ::4].tolist()]
+    assert rows[0] == ["100000", "110000", "111000", "101100", "100110", "100111"]
+    assert rows[1] == ["100000", "110000", "011000", "001100", "001110", "001011"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"phase": 1}, {"dense": 1}, {"alike": True}, {"stride": 5, "local": 3}],
+    ids=str,
+)
+def test_only_kept_blocks_are_visited(config: dict[str, Any]) -> None:
+    site = replace(SITE, heads=4, kv_heads=2)
+    formula = S2.formula(site, {"block": 16, "local": 2, "stride": 4, **config})
+    mask = formula.expressions({})[0]
+    runs = runs_of(mask, batch=1, heads=4, q_len=512, kv_len=512, block_m=16, block_n=16)
+    whole = visible(formula, 4, 512).unflatten(1, (32, 16)).unflatten(3, (32, 16)).any(4).any(2)
+    assert runs.visited == whole.sum()
+    shared = whole.unflatten(0, (2, 2))
+    assert torch.equal(shared[:, 0], shared[:, 1]), "query heads of a group share their pattern"
+    assert torch.equal(whole[0], whole[2]) == ("alike" in config)
+    if "dense" in config:
+        assert torch.equal(whole[3], torch.ones(32, 32).tril().bool())
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding()], ids=str)
+@pytest.mark.parametrize("config", [{"stride": 1, "local": 1}, {"stride": 7, "local": 13}, {"stride": 7, "dense": 2}])
+def test_exact_where_nothing_is_left_out(mask: Any, config: dict[str, int]) -> None:
+    site = replace(SITE, mask=mask).sized(batch=3, q_len=200, kv_len=200)
+    arguments = inputs(site, seed=1)
+    built = S2.build(site, {"block": 16, "local": 1, **config})
+    for each in (built, built.plain):  # type: ignore[attr-defined]
+        assert_close(each(*arguments), brute_force(*arguments, site=site), torch.float32)
+
+
+@pytest.mark.parametrize("phase", [0, 3])
+def test_decoding_reads_the_kept_blocks_only(phase: int) -> None:
+    """What a head does not keep may be gone: NaN there changes nothing, also behind an additive mask."""
+    config: Config = {"block": 16, "local": 2, "stride": 4, "phase": phase}
+    site = replace(SITE, heads=4, kv_heads=2).sized(batch=2, q_len=1, kv_len=333)
+    query, key, value, _, _ = inputs(site, seed=2)
+    built = S2.build(site, config)
+    expected = S2.reference(query, key, value, None, None, site, config)
+    seen = visible(S2.formula(site, config), 4, 333)[::2, -1]  # of the last query, for each key/value head
+    assert 0.2 < seen.float().mean() < 0.45
+    gone = ~seen[None, :, :, None]
+    with torch.no_grad():
+        out = built(query, key.masked_fill(gone, float("nan")), value.masked_fill(gone, float("nan")), None, None)
+    assert_close(out, expected, torch.float32)
+
+
+def test_a_step_of_decoding_is_causal_by_itself() -> None:
+    step = replace(SITE, mask=Full()).sized(batch=1, q_len=1, kv_len=4096)
+    assert S2.takes(step, Target.current()) is True
+    arguments = inputs(step, seed=3)
+    config = next(iter(S2.configs(step, Target.current())))
+    out, causal = (S2.build(replace(step, mask=mask), config)(*arguments) for mask in (Full(), Causal()))
+    assert torch.equal(out, causal)
+    assert_close(out, S2.reference(*arguments, step, config), torch.float32)
+    refused = S2.takes(step.sized(batch=1, q_len=2, kv_len=4096), Target.current())
+    assert isinstance(refused, Refusal) and "causal mask" in refused.reason
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
+def test_compiles_ahead_of_time() -> None:
+    pytest.importorskip("triton")
+    site = replace(SITE, dtype="bfloat16", head_dim=64, v_head_dim=64)
+    kernels = kernels_of(S2.formula(site, {"block": 64, "local": 8, "stride": 8}), site)
+    for name in kernels.names:
+        binary = kernels.binary(name, kernels.default(name, "sm_90"), "sm_90")
+        assert binary.spills == 0 and binary.loop is not None and binary.loop.tensor
