@@ -96,11 +96,11 @@ def attend(
             j = torch.cat([far.clamp(max=near), j.expand(len(far), -1)], 1)
             head = torch.arange(len(far), device=query.device)[:, None]
             k, v = key[:, head, j], value[:, head, j]
-        h = torch.arange(len(j), device=query.device)[:, None, None] * group
+        h = torch.arange(key.shape[1], device=query.device)[:, None, None] * group
         seen = (kept(h, i[:, None], j[:, None], **pattern) & (j[:, None] <= i[:, None]) & real[:, None])[None]
         seen = seen if padding is None else seen & padding[:, j][:, :, None]
         bias = rows.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        bias = bias if len(j) == 1 else bias.repeat_interleave(group, 1)
+        bias = bias.repeat_interleave(group, 1)
         out.append(F.scaled_dot_product_attention(rows, k, v, bias, scale=scale, enable_gqa=group > 1))
     return torch.cat(out, 2)
 
