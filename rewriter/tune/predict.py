@@ -55,7 +55,6 @@ class Predictor:
         learned = any(c.variant.fidelity == "learned" for choices in self.choices.values() for c in choices.others)
         if learned:
             self._fit(batches[:_MOST_SAMPLES])
-        if learned:
             self.ledger = dataclasses.replace(self.ledger, kept=False)
         chosen = sampled(batches)
         found: list[dict[str, Any]] = []
