@@ -15,7 +15,9 @@ from rewriter.guard import error, tolerance
 from rewriter.mixture import ByHeads, of_heads
 from rewriter.plan import MIXED, HeadGroup, Plan
 from rewriter.site import AttentionSite, Causal, Dense, Padding
+from rewriter.target import Target
 from rewriter.testing import inputs
+from rewriter.tune.choices import Candidate
 from rewriter.variant import variants
 
 SITE = AttentionSite(
@@ -38,6 +40,13 @@ def test_parts_make_the_whole(site: AttentionSite, groups: list[tuple[int, ...]]
     leaves = [t for t in tensors if t is not None and t.requires_grad]
     for got, wanted in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (out, expected)), strict=True):
         assert error(got, wanted) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize(("name", "together"), [("sliding_window", False), ("s2", True), ("linear", True)])
+def test_patterns_that_differ_by_heads_are_for_all_of_them(name: str, together: bool) -> None:
+    variant, site = variants()[name], dataclasses.replace(SITE, kv_heads=2, heads=4, q_len=4096, kv_len=4096)
+    config = next(iter(variant.configs(site, Target.current())))
+    assert Candidate(variant, config, variant.build(site, config), 1.0).together(site) == together
 
 
 class Net(nn.Module):

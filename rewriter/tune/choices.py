@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from rewriter.codegen.expression import parameters
+from rewriter.codegen.formula import Formula
 from rewriter.mixture import ByHeads, of_heads
 from rewriter.plan import Tried
 from rewriter.region import Region
@@ -46,6 +48,14 @@ class Candidate:
     def exact(self) -> bool:
         """The same mathematics: no error to measure."""
         return self.variant.fidelity == "exact"
+
+    def together(self, site: AttentionSite) -> bool:
+        """Must all heads of the site take it, or none? Parameters are fitted to all of them; and where what is seen
+        differs by heads, another number of heads would see something else.
+        """
+        formula = None if self.variant.formula is None else self.variant.formula(site, self.config)
+        masks = formula.masks if isinstance(formula, Formula) else ()
+        return self.variant.fidelity == "learned" or any("h" in parameters(mask) for mask in masks)
 
     def tried(self) -> Tried:
         """As it stands in a plan."""
@@ -90,14 +100,14 @@ class SiteChoices:
 
     @property
     def whole(self) -> list[Candidate]:
-        """Choices for all heads together, after the original: parameters are fitted to all of them."""
-        return [c for c in self.usable if c.variant.fidelity == "learned"]
+        """Choices for all heads together, after the original."""
+        return [c for c in self.usable if c.together(self.site)]
 
     @property
     def columns(self) -> list[Candidate]:
         """Choices for a group of heads, exact ones first."""
         exact = [self.exact] if self.exact is not None else []
-        return exact + [c for c in self.usable if c.variant.fidelity != "learned"]
+        return exact + [c for c in self.usable if not c.together(self.site)]
 
     def table(self, scale: Callable[[Candidate], float], *, by_heads: bool) -> Table:
         """What the solver chooses from. An exact candidate that is not worth it serves some of the heads only."""
