@@ -56,9 +56,16 @@ def test_padding_is_read(variant: Variant) -> None:
     assert any(each in padded.triton(padded.default(name, "sm_90")) for each in read)
 
 
-@pytest.mark.parametrize("variant", [each for each in FORMULAS.values() if not each.cases[0].site.tokens])
+def named(variant: Variant) -> list[str]:
+    """The options that name the variant and a site like that of its first case."""
+    site = variant.cases[0].site
+    grid = ["--tokens", site.tokens] if site.tokens else []
+    return ["--variant", variant.name, "--mask", str(site.mask.positional), *grid]
+
+
+@EVERY_FORMULA
 def test_show(variant: Variant, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["kernels", "show", "--variant", variant.name, "--head-dim", "40"]) == 0
+    assert cli.run(["kernels", "show", *named(variant), "--head-dim", "40"]) == 0
     assert made(variant).names[0] in functions(capsys.readouterr().out)
 
 
@@ -80,6 +87,8 @@ def test_cpp_where_it_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
     ("given", "sentence"),
     [
         (["original"], f"no variant 'original' with a formula: choose among {', '.join(FORMULAS)}"),
+        (["axial"], "axial does not apply: a sequence has one axis only"),
+        (["axial", "--mask", "full"], "axial does not apply: it is not known how the tokens lie"),
         (["sdpa", "--dtype", "int8"], "'int8' is none of float32"),
         (["sdpa", "--mask", "diagonal"], "not a mask"),
         (["linear", "--mask", "sliding_window(3,0)"], "linear does not apply: a running sum can be causal or full"),
@@ -97,7 +106,7 @@ def test_one_sentence_for_what_is_wrong(given: list[str], sentence: str, capsys:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
 @EVERY_FORMULA
 def test_compile(variant: Variant, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["kernels", "compile", "--variant", variant.name, "--target", "sm_90"]
+    command = ["kernels", "compile", *named(variant), "--target", "sm_90"]
     assert cli.run([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["kernels"]
     assert [each["kernel"] for each in found] == list(made(variant).names)

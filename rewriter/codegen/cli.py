@@ -23,6 +23,7 @@ HEAD_DIM = Annotated[int, typer.Option(min=1, max=256, help="Head size of querie
 V_HEAD_DIM = Annotated[int | None, typer.Option(min=1, max=256, help="Head size of values; without it the same.")]
 DTYPE = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 MASK = Annotated[str, typer.Option(help="The mask of the site, as `rewriter explain` prints it.")]
+TOKENS = Annotated[str | None, typer.Option(help="How the tokens of the site lie, as 14x14+1: with one in front.")]
 CONFIG = Annotated[list[str] | None, typer.Option(help="A setting of the variant, as window=256; may be repeated.")]
 BLOCKS = Annotated[str | None, typer.Option(help="The config's numbers, as 128,64,8,2; without it the shipped one.")]
 
@@ -35,11 +36,12 @@ def show(
     v_head_dim: V_HEAD_DIM = None,
     dtype: DTYPE = "bfloat16",
     mask: MASK = "causal(0)",
+    tokens: TOKENS = None,
     config: CONFIG = None,
     blocks: BLOCKS = None,
 ) -> Document:
     """Print the source that is generated for a variant at a site."""
-    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, config)
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
     text = made.cpp() if target == "cpu" else made.triton(_blocks(blocks, made, made.names[0], target))
     print(text)
     return {"source": text}
@@ -53,12 +55,13 @@ def compile_(
     v_head_dim: V_HEAD_DIM = None,
     dtype: DTYPE = "bfloat16",
     mask: MASK = "causal(0)",
+    tokens: TOKENS = None,
     config: CONFIG = None,
     blocks: BLOCKS = None,
     as_json: JSON = False,
 ) -> Document:
     """Compile a variant's kernels ahead of time, without the hardware, and say what is in the binaries."""
-    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, config)
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
     found: list[Any] = []
     names = [name.strip() for name in target.split(",")]
     with progress() as advance:
@@ -96,7 +99,13 @@ def defaults(
 
 
 def _kernels(
-    variant: str, head_dim: int, v_head_dim: int | None, dtype: str, mask: str, config: list[str] | None
+    variant: str,
+    head_dim: int,
+    v_head_dim: int | None,
+    dtype: str,
+    mask: str,
+    tokens: str | None,
+    config: list[str] | None,
 ) -> Kernels:
     """Those of a variant at a site with these facts."""
     from rewriter.codegen.families import kernels_of
@@ -122,6 +131,7 @@ def _kernels(
         dtype=dtype,
         scale=head_dim**-0.5,
         mask=parsed,
+        tokens=tokens,
     )
     chosen = known[variant]
     refusal = chosen.takes(site, Target.current())
