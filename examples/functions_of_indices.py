@@ -15,7 +15,7 @@ from rewriter.target import Target
 from rewriter.variant import Case, Config, Variant
 
 
-def dilated(i, j, reach):  # type: ignore[no-untyped-def]
+def every_second(i, j, reach):  # type: ignore[no-untyped-def]
     """Which keys a query sees: i and j are their positions. Blocks of keys in which there are none are not visited."""
     return ((i - j).abs() < 2 * reach) & ((i - j) % 2 == 0)
 
@@ -29,7 +29,7 @@ def formula(site: AttentionSite, config: Config) -> Formula:
     """The site's own mask and scores, and ours; the config's numbers go to the parameters of the same names."""
     own = of_site(site)
     return replace(
-        own, masks=(*own.masks, dilated), scores=(*own.scores, nearer), numbers={**own.numbers, **config},  # type: ignore[dict-item]
+        own, masks=(*own.masks, every_second), scores=(*own.scores, nearer), numbers={**own.numbers, **config},  # type: ignore[dict-item]
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ SITE = AttentionSite(
 )  # fmt: skip
 
 VARIANT = Variant(
-    name="dilated",
+    name="every_second",
     paper="arXiv:2004.05150, section 3",
     fidelity="approximate",
     reference=defined(formula),

@@ -20,6 +20,7 @@ from rewriter.convert import check_output, load, load_target, output, read_calib
 from rewriter.convert.checkpoint import example_inputs, load_model, quiet, random_ids
 from rewriter.convert.target import Loaded, as_example, is_function
 from rewriter.errors import CalibrationError, CheckpointError, OptionError, OutputError
+from rewriter.plan import FORMAT
 from rewriter.target import Target
 
 WORDS = [f"w{i}" for i in range(120)]
@@ -352,7 +353,7 @@ def test_a_round_trip(lm: Path, tmp_path: Path) -> None:
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "rewriter_plan.json", "rewriter_report.json"} <= names
     assert list(tmp_path.iterdir()) == [out], "nothing temporary is left"
-    assert json.loads((out / "rewriter_report.json").read_text())["plan"]["format"] == 1
+    assert json.loads((out / "rewriter_report.json").read_text())["plan"]["format"] == FORMAT
     with quiet():
         plain, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), "the original names, nothing missing and nothing over"
