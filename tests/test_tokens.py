@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from rewriter.capture import exported
 from rewriter.detect import detect
 from rewriter.pattern import mark_data
-from rewriter.site import AttentionSite
+from rewriter.site import AttentionSite, Full
 from rewriter.tokens import layouts
 
 WIDTH = 8
@@ -388,10 +389,12 @@ def test_an_exported_program() -> None:
     assert site.tokens == "4x6"
 
 
-def test_the_key_does_not_say_it() -> None:
+def test_the_key_says_it_where_it_is_known() -> None:
     facts: dict[str, Any] = {"path": "", "heads": 1, "kv_heads": 1, "head_dim": 8, "v_head_dim": 8, "dtype": "float32"}
-    site = AttentionSite.parse("heads=1,kv_heads=1,head_dim=8,v_head_dim=8,dtype=float32,scale=1.0,mask=full")
-    assert "tokens" not in AttentionSite(**facts, scale=1.0, mask=site.mask, tokens="4x6").key()
+    unknown = AttentionSite(**facts, scale=1.0, mask=Full())
+    known = dataclasses.replace(unknown, tokens="4x6+1")
+    assert "tokens" not in unknown.key() and known.key() == f"{unknown.key()},tokens=4x6+1"
+    assert AttentionSite.parse(known.key()) == known and AttentionSite.parse(unknown.key()) == unknown
 
 
 def test_the_cost_of_a_node(rewrite: Any) -> None:
