@@ -147,7 +147,11 @@ def registered() -> Iterator[Callable[[Callable[..., Tensor]], None]]:
     def register(function: Callable[..., Tensor]) -> None:
         rewriter.register(
             dataclasses.replace(
-                WINDOW, name="new", build=lambda site, config: NewVariant(function), configs=lambda s, t: ({},)
+                WINDOW,
+                name="new",
+                build=lambda site, config: NewVariant(function),
+                configs=lambda s, t: ({},),
+                formula=None,
             )
         )
 
