@@ -18,17 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rewriter.codegen.layout import (
-    Place,
-    Rules,
-    built_on_grid,
-    defined_on_grid,
-    formula_on_grid,
-    layout_of,
-    numbers,
-    plane_of,
-    sparing,
-)
+from rewriter.codegen.gridded import built_on_grid, defined_on_grid, formula_on_grid
+from rewriter.codegen.layout import Place, Rules, layout_of, numbers, plane_of, sparing
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal
 from rewriter.target import Target

@@ -21,17 +21,8 @@ from typing import Any
 
 import torch
 
-from rewriter.codegen.layout import (
-    Place,
-    Rules,
-    built_on_grid,
-    defined_on_grid,
-    formula_on_grid,
-    layout_of,
-    numbers,
-    plane_of,
-    sparing,
-)
+from rewriter.codegen.gridded import built_on_grid, defined_on_grid, formula_on_grid
+from rewriter.codegen.layout import Place, Rules, layout_of, numbers, plane_of, sparing
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target

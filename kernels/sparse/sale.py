@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.codegen.either import Either
 from rewriter.codegen.formula import Formula, of_site, reading
 from rewriter.codegen.implementation import generated
 from rewriter.kernels.exact import sdpa
@@ -227,15 +228,7 @@ def build(site: AttentionSite, config: Config) -> Implementation:
         return {"kept": kept(query, key, padding, site.scale, numbers)}
 
     whole, sparse = sdpa.VARIANT.build(site, {}), generated(formula, masked, read)(site, config)
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-    ) -> Tensor:
-        if dense(query, key, config):
-            return whole(query, key, value, mask, padding)
-        return sparse(query, key, value, None, padding)  # the site's mask is causal, and `padding`
-
-    return attend
+    return Either(sparse, whole, lambda query, key: not dense(query, key, config))
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:

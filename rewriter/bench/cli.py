@@ -1,4 +1,4 @@
-"""`rewriter bench detect | kernels | ahead`: the library measured."""
+"""`rewriter bench detect | kernels | variants | ahead`: the library measured."""
 
 from __future__ import annotations
 
@@ -63,6 +63,35 @@ def bench_kernels(
         print(tables.kernels_markdown(rows))
     elif not as_json:
         tables.print_kernels(rows, stdout())
+    return {"rows": [row.to_json() for row in rows]}
+
+
+@bench.command("variants")
+def bench_variants(
+    variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Tokens, as 4096, or a grid of them, as 64x64; may be repeated.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; may be repeated.")] = None,
+    configs: Annotated[
+        bool, typer.Option("--configs", help="Every config of each variant, not the first only.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all run in turn, at most.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Time every variant on this CPU beside PyTorch's fused attention, with what is ideal."""
+    from rewriter.bench import tables
+    from rewriter.bench.variants import DTYPES, SIZES, measured
+
+    if wrong := [each for each in dtype or () if each not in DTYPES]:
+        raise OptionError(f"{wrong[0]!r} is none of {', '.join(DTYPES)}")
+    found = measured(variant or (), size or SIZES, dtype or DTYPES, repeats=repeats, every=configs)
+    rows = _gathered("measuring", found)
+    if markdown:
+        print(tables.variants_markdown(rows))
+    elif not as_json:
+        tables.print_variants(rows, stdout())
     return {"rows": [row.to_json() for row in rows]}
 
 

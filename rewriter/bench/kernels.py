@@ -17,7 +17,7 @@ from rewriter.codegen import cpp
 from rewriter.codegen.formula import Formula, of_mask
 from rewriter.errors import RewriterError
 from rewriter.guard import error, tolerance
-from rewriter.site import AttentionSite, Causal, Refusal, SlidingWindow
+from rewriter.site import AttentionSite, Causal, Mask, Refusal, SlidingWindow
 from rewriter.tune.measure import alternate
 from rewriter.variant import variants
 
@@ -72,9 +72,10 @@ def _fused(operands: tuple[Tensor, Tensor, Tensor], *, causal: bool) -> Callable
     return lambda: F.scaled_dot_product_attention(*operands, is_causal=causal)
 
 
-def _site(tokens: int, dtype: torch.dtype, mask: Any) -> AttentionSite:
+def site_of(tokens: int, dtype: str, mask: Mask) -> AttentionSite:
+    """The site of all measurements: one sequence, 8 heads of 64."""
     return AttentionSite(
-        path="bench", heads=HEADS, kv_heads=HEADS, head_dim=WIDTH, v_head_dim=WIDTH, dtype=str(dtype)[6:],
+        path="bench", heads=HEADS, kv_heads=HEADS, head_dim=WIDTH, v_head_dim=WIDTH, dtype=dtype,
         scale=WIDTH**-0.5, mask=mask, batch=1, q_len=tokens, kv_len=tokens,
     )  # fmt: skip
 
@@ -87,11 +88,12 @@ def native(formula: Formula, query: Tensor, key: Tensor, value: Tensor, **tensor
     scale = query.shape[3] ** -0.5
     with torch.no_grad():
         expected = formula.reference(query[:, :, -_BLOCK:].double(), key.double(), value.double(), scale, **tensors)
-        _agrees(made(query, key, value, scale, **tensors)[:, :, -_BLOCK:].double(), expected, query.dtype)
+        agrees(made(query, key, value, scale, **tensors)[:, :, -_BLOCK:].double(), expected, query.dtype)
     return lambda: made(query, key, value, scale, **tensors)
 
 
-def _agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def agrees(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Raise RewriterError if they differ by more than two results of this type may."""
     if not error(got, expected) <= 2 * tolerance(dtype):
         raise RewriterError(f"an implementation differs from its definition by {error(got, expected):.2g}")
 
@@ -100,7 +102,7 @@ def _window(tokens: int, dtype: torch.dtype, flex: bool) -> Runs:
     query, key, value = operands = _operands(tokens, dtype)
     variant = variants()["sliding_window"]
     config = {"window": WINDOW, "sinks": 0}
-    gather: Any = variant.build(_site(tokens, dtype, Causal()), config)
+    gather: Any = variant.build(site_of(tokens, str(dtype)[6:], Causal()), config)
     masks, numbers = of_mask(Causal() & SlidingWindow(WINDOW - 1, None))
     runs: Runs = {
         "SDPA, causal": _fused(operands, causal=True),
@@ -143,7 +145,7 @@ def _block_sparse(tokens: int, dtype: torch.dtype) -> tuple[Runs, float]:
 
 def _dense(tokens: int, dtype: torch.dtype) -> Runs:
     operands = _operands(tokens, dtype)
-    chosen = variants()["sdpa"].build(_site(tokens, dtype, Causal()), {})
+    chosen = variants()["sdpa"].build(site_of(tokens, str(dtype)[6:], Causal()), {})
     return {
         "SDPA, causal": _fused(operands, causal=True),
         "sdpa, as chosen": lambda: chosen(*operands, None, None),
@@ -155,12 +157,12 @@ def _linear(tokens: int, dtype: torch.dtype, beside: bool) -> Runs:
     last queries agree with its definition.
     """
     query, key, value = operands = _operands(tokens, dtype)
-    variant, site = variants()["linear"], _site(tokens, dtype, Causal())
+    variant, site = variants()["linear"], site_of(tokens, str(dtype)[6:], Causal())
     mapped = variant.build(site, {})
     with torch.no_grad():
         last = query[:, :, -_BLOCK:].float(), key.float(), value.float()
         expected = variant.reference(*last, None, None, site, {}, module=mapped)
-        _agrees(mapped(query, key, value, None, None)[:, :, -_BLOCK:].float(), expected, dtype)
+        agrees(mapped(query, key, value, None, None)[:, :, -_BLOCK:].float(), expected, dtype)
     alone: Runs = {"linear, chunked": lambda: mapped(*operands, None, None)}
     return {"SDPA, causal": _fused(operands, causal=True), **alone} if beside else alone
 
@@ -186,7 +188,7 @@ def _check(case: str, runs: Runs, dtype: torch.dtype) -> None:
     local = [run for name, run in runs.items() if not name.startswith("SDPA") or case.startswith("dense")]
     first = local[0]()
     for other in local[1:]:
-        _agrees(other(), first, dtype)
+        agrees(other(), first, dtype)
 
 
 def peak_memory(function: Callable[[], Tensor]) -> float | None:

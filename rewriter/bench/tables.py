@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rewriter.bench.detect import Measured
 from rewriter.bench.kernels import Row
+from rewriter.bench.variants import Row as VariantRow
 
 if TYPE_CHECKING:
     from rewriter.bench import ahead  # imports Triton, which is for Linux
@@ -175,6 +176,60 @@ def kernels_markdown(measured: Iterable[Row]) -> str:
 def print_kernels(measured: Iterable[Row], console: Console) -> None:
     """The same for a terminal."""
     print_table(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND, console)
+
+
+VARIANT_COLUMNS = ("case", "tokens", "type", "variant", "ms", "faster", "work", "ideal", "reached", "MiB")
+VARIANT_LEGEND = (
+    "1 sequence, 8 heads of 64, random operands, each variant with its first config. ms: median. faster: the median of "
+    "the ratios to SDPA, round by round. work: the pairs of a query and a key that are computed, of those that the "
+    "case's mask shows; of linear attention, its products beside those of the softmax. ideal: what the computed pairs "
+    "allow. reached: of the ideal; more than 100% where SDPA itself is slower than the generated kernel. MiB: peak of "
+    "the process beyond operands and result. -: not defined."
+)
+
+
+def variant_rows(measured: Iterable[VariantRow]) -> list[tuple[str, ...]]:
+    """One for each variant at each site; below the first of a variant with several configs, these."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        (
+            row.case,
+            f"{row.tokens:,}",
+            row.dtype,
+            row.variant,
+            number(row.milliseconds, ".1f"),
+            number(row.faster, ".2f") + "x" * (row.faster is not None),
+            number(row.work, ".1%"),
+            number(row.ideal, ".1f") + "x" * (row.ideal is not None),
+            number(row.reached, ".0%"),
+            number(row.memory, ".1f"),
+        )
+        for row in measured
+        if not row.reason
+    ]
+
+
+def left_out(measured: Iterable[VariantRow]) -> str:
+    """What was not measured, and why; "" where all was."""
+    found = [
+        f"{row.variant} at {row.case} of {row.tokens:,} in {row.dtype} ({row.reason})" for row in measured if row.reason
+    ]
+    return f"Not measured: {'; '.join(found)}." if found else ""
+
+
+def variants_markdown(measured: Sequence[VariantRow]) -> str:
+    """The table of the variants' bench, and what is missing in it."""
+    return as_markdown(VARIANT_COLUMNS, variant_rows(measured), VARIANT_LEGEND, left_out(measured))
+
+
+def print_variants(measured: Sequence[VariantRow], console: Console) -> None:
+    """The same for a terminal."""
+    print_table(VARIANT_COLUMNS, variant_rows(measured), VARIANT_LEGEND, console)
+    if sentence := left_out(measured):
+        console.print(f"\n{escape(sentence)}", highlight=False)
 
 
 AHEAD_COLUMNS = ("kernel", "head", "tile", "warps", "stages", "registers", "spills", "KiB", "wgmma", "loop", "ratio")

@@ -24,6 +24,8 @@ from rewriter.codegen.intervals import Interval, interval
 
 _MOST_PAIRS = 1 << 22
 """So many pairs of blocks are looked at together."""
+_LOOK = 64
+"""The side of the blocks in which pairs are counted."""
 _CLEARLY, _MOST_OTHERS = 0.92, 2
 T = TypeVar("T")
 
@@ -156,6 +158,33 @@ class Lists:
 def lists_of(formula: Formula) -> Lists:
     """The lists of a formula, which all layers share."""
     return Lists(formula)
+
+
+def pairs_of(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> int:
+    """How many pairs of a query and a key a call shows, over batch and heads. Only blocks that are shown in part are
+    looked into.
+    """
+    (batch, heads, q_len), kv_len = query.shape[:3], key.shape[2]
+    runs = lists_of(formula)(query, key, tensors, _LOOK, _LOOK)
+    first, listed = runs.first.cpu().long(), runs.runs.cpu().long()
+    own = (first[..., 1:] - first[..., :-1]).flatten()
+    row = torch.arange(len(own)).repeat_interleave(own)  # of each run
+    length = listed[:, 1] - listed[:, 0]
+    within = torch.arange(int(length.sum())) - (length.cumsum(0) - length).repeat_interleave(length)
+    row, asked = row.repeat_interleave(length), listed[:, 2].repeat_interleave(length) > 0
+    column = listed[:, 0].repeat_interleave(length) + within
+    q_blocks, copies = first.shape[2] - 1, batch * heads // (first.shape[0] * first.shape[1])
+    total = int((q_len - row[~asked] % q_blocks * _LOOK).clamp(max=_LOOK).sum()) * _LOOK
+    step = torch.arange(_LOOK)
+    known = {name: tensor.cpu() for name, tensor in tensors.items()}
+    for part in asked.nonzero()[:, 0].split(_MOST_PAIRS // _LOOK**2):
+        head, at = row[part] // q_blocks, row[part] % q_blocks
+        rows, j = (x[:, None] * _LOOK + step for x in (at, column[part]))
+        rows, j = rows[:, :, None], j[:, None]
+        b, h = (x[:, None, None] for x in (head // first.shape[1], head % first.shape[1]))
+        seen = formula.visible(known, b=b, h=h, i=rows + kv_len - q_len, j=j, row=rows)
+        total += int((seen & (rows < q_len) & (j < kv_len)).sum())
+    return total * copies
 
 
 def work(

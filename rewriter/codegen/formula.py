@@ -49,6 +49,13 @@ class Formula:
         """All masks as one expression, and all score functions; None where there are none."""
         return _expressions(self, tuple(kinds.items()))
 
+    def visible(self, tensors: Mapping[str, Tensor], **at: Tensor) -> Tensor:
+        """What the masks say of pairs at `b`, `h`, `i`, `j` and `row`, which broadcast; True where there are none."""
+        return torch.as_tensor(self._visible(**self._given(tensors, at)) if self.masks else True)
+
+    def _given(self, tensors: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {**self.numbers, **{name: _Edged(tensor) for name, tensor in tensors.items()}, **at}
+
     def _visible(self, **given: Any) -> Any:
         seen = None
         for function in self.masks:
@@ -67,7 +74,7 @@ class Formula:
         """The definition, with the whole matrix of scores: (B, H, Sq, Dv). A query that sees no key gives zeros."""
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        given = {**self.numbers, **{name: _Edged(tensor) for name, tensor in tensors.items()}, **indices(query, key)}
+        given = self._given(tensors, indices(query, key))
         scores = query @ key.mT * scale
         scores = self._scored(scores, **given) if self.scores else scores
         if not self.masks:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
+from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
@@ -101,6 +102,13 @@ class Generated:
         if _transformed(given):
             return next(self._on_gpu(given))[1](*given) if on_gpu else self.plain(*given)
         return self._fastest(given, learned)(*given)
+
+    def pairs(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+    ) -> int:
+        """How many pairs of a query and a key this call shows."""
+        tensors = self._tensors(query, key, mask, padding)
+        return pairs_of(reading(self.formula, passed(mask, padding)), query, key, tensors)
 
     def _fastest(self, given: Any, learned: bool) -> Implementation:
         query, key, value, *others = given

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.codegen.formula import Formula, IndexFunction, of_site
+from rewriter.codegen.formula import IndexFunction
 from rewriter.codegen.grid import coordinates, from_tiles, to_tiles
-from rewriter.codegen.implementation import Build, FormulaOf, defined, generated
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal
-from rewriter.variant import Config, Implementation
+from rewriter.variant import Config
 
 BOX = 64
 """Tokens in a box: the smaller blocks of most kernels."""
@@ -246,63 +245,3 @@ def sparing(site: AttentionSite, rules_of: RulesOf, offered: Sequence[Config]) -
     """Of these configs, those that visit less than half."""
     layout = layout_of(site)
     return [] if isinstance(layout, Refusal) else [c for c in offered if share(layout, rules_of(site, c)) < 0.5]
-
-
-# --- formulas, definition and implementation -------------------------------------------------------------------------
-
-
-def formula_on_grid(rules_of: RulesOf, *, boxes: bool = True) -> FormulaOf:
-    """What kernels compute: the site's own formula with fewer keys, of tokens in the order of boxes."""
-
-    def formula(site: AttentionSite, config: Config) -> Formula:
-        layout, own = plane_of(site), of_site(site)
-        rules = rules_of(site, config)
-        box = box_of(layout, rules) if boxes and not layout.endless else None
-        return replace(own, masks=(*own.masks, seeing(layout, rules, box)))
-
-    return formula
-
-
-def defined_on_grid(rules_of: RulesOf) -> Callable[..., Tensor]:
-    """The definition: of tokens as they lie. Calls of other lengths are the site's own attention."""
-    local, whole = defined(formula_on_grid(rules_of, boxes=False)), defined(_own)
-
-    def reference(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-        layout = plane_of(rest[-2])
-        return (local if _fits(layout, query, key) else whole)(query, key, *rest)
-
-    return reference
-
-
-def built_on_grid(rules_of: RulesOf) -> Build:
-    """The implementation, generated. Calls of other lengths are the site's own attention."""
-
-    def build(site: AttentionSite, config: Config) -> Implementation:
-        layout, rules = plane_of(site), rules_of(site, config)
-        local = generated(formula_on_grid(rules_of))(site, config)
-        if layout.endless:
-            return local
-        whole, box = generated(_own)(site, config), box_of(layout, rules)
-
-        def attend(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-        ) -> Tensor:
-            """`mask` says what `padding` says: there is no other in these sites."""
-            if not _fits(layout, query, key):
-                return whole(query, key, value, mask, padding, *sink)
-            query, key, value = (to_boxes(t, layout, rules, box) for t in (query, key, value))
-            if padding is not None:
-                padding = to_boxes(padding[:, None, :, None], layout, rules, box)[:, 0, :, 0]
-            return from_boxes(local(query, key, value, None, padding, *sink), layout, rules, box)
-
-        return attend
-
-    return build
-
-
-def _own(site: AttentionSite, config: Config) -> Formula:
-    return of_site(site)
-
-
-def _fits(layout: Layout, query: Tensor, key: Tensor) -> bool:
-    return layout.endless or (query.shape[2] == layout.length and key.shape[2] == layout.length)

@@ -1,0 +1,91 @@
+"""Attention over a grid: its formula, its definition, and its implementation in the order of boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from rewriter.codegen.blocks import pairs_of
+from rewriter.codegen.either import Either
+from rewriter.codegen.formula import Formula, of_site, passed, reading
+from rewriter.codegen.implementation import Build, FormulaOf, defined, generated
+from rewriter.codegen.layout import Layout, Rules, RulesOf, box_of, from_boxes, plane_of, seeing, to_boxes
+from rewriter.site import AttentionSite
+from rewriter.variant import Config, Implementation
+
+
+def formula_on_grid(rules_of: RulesOf, *, boxes: bool = True) -> FormulaOf:
+    """What kernels compute: the site's own formula with fewer keys, of tokens in the order of boxes."""
+
+    def formula(site: AttentionSite, config: Config) -> Formula:
+        layout, own = plane_of(site), of_site(site)
+        rules = rules_of(site, config)
+        box = box_of(layout, rules) if boxes and not layout.endless else None
+        return replace(own, masks=(*own.masks, seeing(layout, rules, box)))
+
+    return formula
+
+
+def defined_on_grid(rules_of: RulesOf) -> Callable[..., Tensor]:
+    """The definition: of tokens as they lie. Calls of other lengths are the site's own attention."""
+    local, whole = defined(formula_on_grid(rules_of, boxes=False)), defined(_own)
+
+    def reference(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+        layout = plane_of(rest[-2])
+        return (local if _fits(layout, query, key) else whole)(query, key, *rest)
+
+    return reference
+
+
+def built_on_grid(rules_of: RulesOf) -> Build:
+    """The implementation, generated. Calls of other lengths are the site's own attention."""
+
+    def build(site: AttentionSite, config: Config) -> Implementation:
+        layout, rules = plane_of(site), rules_of(site, config)
+        local = generated(formula_on_grid(rules_of))(site, config)
+        if layout.endless:
+            return local
+        boxed = Boxed(local, formula_on_grid(rules_of, boxes=False)(site, config), layout, rules)
+        return Either(boxed, generated(_own)(site, config), lambda query, key: _fits(layout, query, key))
+
+    return build
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """`local` of tokens in the order of boxes, as an attention of tokens as they lie, whose masks are `formula`'s and
+    `padding`: no other is read.
+    """
+
+    local: Implementation
+    formula: Formula
+    layout: Layout
+    rules: Rules
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+    ) -> Tensor:
+        """(B, H, tokens, Dv)."""
+        order = self.layout, self.rules, box_of(self.layout, self.rules)
+        query, key, value = (to_boxes(t, *order) for t in (query, key, value))
+        if padding is not None:
+            padding = to_boxes(padding[:, None, :, None], *order)[:, 0, :, 0]
+        return from_boxes(self.local(query, key, value, None, padding, *sink), *order)
+
+    def pairs(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+    ) -> int:
+        """How many pairs of a query and a key are shown."""
+        seen = passed(None, padding)
+        return pairs_of(reading(self.formula, seen), query, key, seen)
+
+
+def _own(site: AttentionSite, config: Config) -> Formula:
+    return of_site(site)
+
+
+def _fits(layout: Layout, query: Tensor, key: Tensor) -> bool:
+    return layout.endless or (query.shape[2] == layout.length and key.shape[2] == layout.length)
