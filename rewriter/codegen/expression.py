@@ -67,7 +67,7 @@ def asking(function: Callable[..., Any], names: Iterable[str], name: str) -> Cal
     return named
 
 
-def traced(function: Callable[..., Any], numbers: Mapping[str, float], kinds: Mapping[str, Kind]) -> Expression:
+def traced(function: Callable[..., Any], numbers: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Expression:
     """The expression of a function. `numbers` are put in; `kinds` are those of the elements of captured tensors.
 
     Raises OptionError with a sentence where the function does what no kernel can.

@@ -24,7 +24,7 @@ class Formula:
 
     masks    functions of indices that give a bool, for example `lambda i, j, window: i - j < window`
     scores   functions of the score `s` and indices, each on the result of the one before
-    numbers  the values of those of their parameters that are plain numbers
+    numbers  the values of those of their parameters that are plain numbers, or tuples of them
     sink     does one more logit for each head, (H,), take part in the softmax, without a value?
 
     A function names what it wants: `b`, `h` (the query head), `i`, `j` (the positions of query and key among the keys;
@@ -35,7 +35,7 @@ class Formula:
 
     masks: tuple[IndexFunction, ...] = ()
     scores: tuple[IndexFunction, ...] = ()
-    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    numbers: Mapping[str, Any] = field(default_factory=dict, hash=False)
     normaliser: Literal["softmax", "sigmoid", "relu"] = "softmax"
     sink: bool = False
 
