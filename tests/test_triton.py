@@ -15,11 +15,14 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from rewriter.codegen.configs import default  # noqa: E402
-from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, tokens  # noqa: E402
+from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, reading, tokens  # noqa: E402
 from rewriter.codegen.fragments import Blocks  # noqa: E402
 from rewriter.codegen.softmax import SoftmaxKernel, contenders  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
+from rewriter.site import AttentionSite, Padding  # noqa: E402
+from rewriter.target import Target  # noqa: E402
+from rewriter.variant import variants  # noqa: E402
 from tests.formulas import alibi, near, same_segment  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -84,6 +87,26 @@ def compared(
     wanted = torch.autograd.grad(expected, leaves, above.double())
     for got, truth in zip(actual, wanted, strict=True):
         assert error(got.double(), truth.double()) <= 2 * tolerance(dtype)
+
+
+def declared() -> Iterator[Any]:
+    """The softmax formulas of all variants at their cases."""
+    for variant in variants().values():
+        for number, case in enumerate(variant.cases):
+            for config in case.configs or list(variant.configs(case.site, Target.current()))[:1]:
+                formula = variant.formula and variant.formula(case.site, config)
+                if isinstance(formula, Formula):
+                    yield pytest.param(formula, case.site, id=f"{variant.name}-{number}")
+
+
+@pytest.mark.parametrize(("formula", "site"), [*declared()])
+def test_formulas_of_variants(formula: Formula, site: AttentionSite) -> None:
+    """A few of the last queries, and more keys than small patterns repeat after."""
+    tensors = {"padding": torch.rand(1, 300) < 0.7} if site.mask.has(Padding) else {}
+    compared(
+        reading(formula, tensors), heads=site.heads, kv_heads=site.kv_heads, q_len=19, kv_len=300, batch=1,
+        blocks=Blocks(32, 64), sink=torch.randn(site.heads) if formula.sink else None, **tensors,
+    )  # fmt: skip
 
 
 def test_every_key() -> None:
