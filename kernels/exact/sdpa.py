@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.codegen.formula import Formula, of_site
-from rewriter.codegen.implementation import defined, generated, plainly
+from rewriter.codegen.implementation import defined, gathered, generated
 from rewriter.site import AttentionSite, Causal, Chunked, Dense, Full, Mask, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
@@ -79,7 +79,7 @@ def plain(site: AttentionSite, config: Config) -> Implementation:
     """`torch.nn.functional.scaled_dot_product_attention`, or the mathematics of what that does not compute."""
     if site.elements <= {"bias"}:
         return partial(attend, scale=site.scale, positional=site.mask.positional)
-    return plainly(formula)(site, config)
+    return gathered(formula)(site, config)
 
 
 _SITE = AttentionSite(

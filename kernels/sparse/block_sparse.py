@@ -21,7 +21,7 @@ The published block-sparse patterns are drawn anew for each length. These are a 
 growing cache keeps its blocks: with density a / c, of every c blocks of keys in a row (c c' to c c' + c - 1) each block
 of queries sees a that follow one another, cyclically, from a place that a hash of (key/value head, block of queries,
 c', `seed`) gives. With `own` the query's block is kept too: without it some causal queries may see nothing. Exact where
-the mask hides nothing that the site shows. Work is O(kept blocks), gradients on a CPU O(N^2) in blocks of rows.
+the mask hides nothing that the site shows. Work and memory are O(kept blocks).
 """
 
 from __future__ import annotations
@@ -32,22 +32,20 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rewriter.codegen.expression import parameters
-from rewriter.codegen.formula import Formula, IndexFunction, indices, of_site
+from rewriter.codegen.formula import Formula, IndexFunction, of_site
 from rewriter.codegen.implementation import defined, generated
 from rewriter.errors import OptionError
-from rewriter.kernels.exact import sdpa
 from rewriter.site import AttentionSite, Causal, DataChunked, DataPrefix, Dense, Documents, Full, Padding, Refusal
 from rewriter.target import Target
-from rewriter.variant import Case, Config, Implementation, Variant
+from rewriter.variant import Case, Config, Variant
 
 _PRIME = 46337
 """Its square fits into 32 bits, and cubes modulo it are all different: 3 does not divide what is one less."""
 _FINEST = 64
 """Densities are fractions of at most so many blocks."""
-_FEWEST, _ROWS = 512, 256
+_FEWEST = 512
 
 
 def start(t: Any, starts: tuple[int, ...]) -> Any:
@@ -190,36 +188,6 @@ def _number(name: str, site: AttentionSite, config: Config) -> Any:
     return int(value)
 
 
-def in_rows(site: AttentionSite, config: Config) -> Implementation:
-    """PyTorch's fused attention in blocks of rows, each with its mask: the work of a dense one."""
-    mine = formula(site, config)
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-    ) -> Tensor:
-        past, out = key.shape[2] - query.shape[2], []
-        places = indices(query, key)
-        for first in range(0, query.shape[2], _ROWS):
-            rows = slice(first, first + _ROWS)
-            part = query[:, :, rows]
-            row = places["row"][:, :, rows]
-            seen = mine.visible({}, **{**places, "row": row, "i": row + past})
-            seen = seen if padding is None else seen & padding[:, None, None]
-            shown = _both(seen, mask, rows)
-            out.append(sdpa.attend(part, key, value, shown, None, scale=site.scale, positional=Full()))
-        return torch.cat(out, 2)
-
-    return attend
-
-
-def _both(seen: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
-    """What is seen, as far as these rows of a mask show it."""
-    if mask is None:
-        return seen
-    mask = mask if mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
-    return seen & mask if mask.dtype == torch.bool else torch.where(seen, mask, float("-inf"))
-
-
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
     """Self-attention under any mask of which it is known what it means."""
     unknown = [str(part) for part in site.mask.parts() if isinstance(part, Dense) and not isinstance(part, _KNOWN)]
@@ -261,7 +229,7 @@ VARIANT = Variant(
     reference=defined(formula),
     applies=applies,
     configs=configs,
-    build=generated(formula, in_rows),
+    build=generated(formula),
     formula=formula,
     cases=[
         Case(site=_SITE),

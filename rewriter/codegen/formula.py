@@ -72,14 +72,32 @@ class Formula:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, sink: Tensor | None = None, **tensors: Tensor
     ) -> Tensor:
         """The definition, with the whole matrix of scores: (B, H, Sq, Dv). A query that sees no key gives zeros."""
+        return self.attended(query, key, value, scale, indices(query, key), sink=sink, **tensors)
+
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        at: Mapping[str, Tensor],
+        *,
+        sink: Tensor | None = None,
+        real: Tensor | None = None,
+        **tensors: Tensor,
+    ) -> Tensor:
+        """The same of queries and keys that stand `at` these indices; `real`, bool, hides more where it is given."""
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        given = self._given(tensors, indices(query, key))
+        given = self._given(tensors, at)
         scores = query @ key.mT * scale
         scores = self._scored(scores, **given) if self.scores else scores
-        if not self.masks:
+        seen = self._visible(**given) if self.masks else None
+        if real is not None:
+            seen = real if seen is None else seen & real
+        if seen is None:
             return normalised(scores, sink, self.normaliser) @ value
-        seen = self._visible(**given).expand(scores.shape)
+        seen = seen.expand(scores.shape)
         weights = normalised(scores.masked_fill(~seen, float("-inf")), sink, self.normaliser)
         return weights.masked_fill(~seen, 0.0) @ value
 

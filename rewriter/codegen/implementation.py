@@ -14,13 +14,12 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
 
 from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
 from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
+from rewriter.codegen.gathered import Gathered, traced, transformed
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, Implementation
@@ -50,12 +49,11 @@ def defined(formula: FormulaOf) -> Callable[..., Tensor]:
     return reference
 
 
-def plainly(formula: FormulaOf) -> Build:
-    """The definition as an implementation, with the whole matrix of scores: what there is where nothing better is."""
-    reference = defined(formula)
+def gathered(formula: FormulaOf) -> Build:
+    """In plain PyTorch, in blocks of queries with copies of the keys that they see."""
 
     def build(site: AttentionSite, config: Config) -> Implementation:
-        return lambda *given: reference(*given, site, config)
+        return Gathered(formula(site, config), site.scale)
 
     return build
 
@@ -64,17 +62,12 @@ def generated(formula: FormulaOf, plain: Build | None = None, reads: Reads | Non
     """The implementation of a formula. `plain` serves where nothing is generated: where derivatives are wanted on a
     CPU, without a compiler, and wherever it is faster.
     """
-    otherwise = plain or plainly(formula)
+    otherwise = plain or gathered(formula)
 
     def build(site: AttentionSite, config: Config) -> Implementation:
         return Generated(formula(site, config), site, otherwise(site, config), reads)
 
     return build
-
-
-def traced(query: Tensor) -> bool:
-    """Does this call become part of a graph? No kernel can be launched then, and nothing be measured."""
-    return torch.compiler.is_dynamo_compiling() or is_fake(query)
 
 
 class Generated:
@@ -99,7 +92,7 @@ class Generated:
         if traced(query):  # one node in the graph, measured when it runs
             out: Tensor = attend(query, key, value, mask, padding, sink[0] if sink else None, self.name)
             return out
-        if _transformed(given):
+        if any(t is not None and transformed(t) for t in given):
             return next(self._on_gpu(given))[1](*given) if on_gpu else self.plain(*given)
         return self._fastest(given, learned)(*given)
 
@@ -199,15 +192,6 @@ def _too_large(error: Exception) -> bool:
     from triton.runtime.errors import OutOfResources
 
     return isinstance(error, OutOfResources | torch.OutOfMemoryError)
-
-
-def _transformed(given: Any) -> bool:
-    """Is a forward derivative, or a batch of calls, carried by one of these?"""
-    return any(
-        t is not None
-        and (forward_ad.unpack_dual(t).tangent is not None or torch._C._functorch.is_functorch_wrapped_tensor(t))
-        for t in given
-    )
 
 
 # --- one node in a traced graph --------------------------------------------------------------------------------------

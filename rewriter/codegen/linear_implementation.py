@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.codegen.implementation import traced
+from rewriter.codegen.gathered import traced
 from rewriter.codegen.linear_cpu import Map, scan
 from rewriter.codegen.linear_formula import LinearFormula
 
