@@ -1,14 +1,16 @@
-"""`rewriter bench detect | kernels | variants | ahead`: the library measured."""
+"""`rewriter bench detect | kernels | variants | ahead | guard`: the library measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from rewriter.errors import GuardError, OptionError
+from rewriter.options import RESUME, TIME_BUDGET, VARIANTS, seconds, variant_names
 from rewriter.terminal import JSON, Document, progress, stdout
 
 bench = typer.Typer(help="Measure the library itself.", no_args_is_help=True)
@@ -115,6 +117,45 @@ def bench_ahead(
     elif not as_json:
         tables.print_ahead(rows, missing, stdout())
     return {"rows": [row.to_json() for row in rows], "missing": missing}
+
+
+@bench.command("guard")
+def bench_guard(
+    runs: Annotated[int, typer.Option(min=1, help="Guarded searches, over models, bounds and seeds.")] = 50,
+    models: Annotated[str | None, typer.Option(help="Only these, by name, with commas between.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=64, help="In a piece of data, for all models.")] = None,
+    time_budget: TIME_BUDGET = None,
+    variants: VARIANTS = None,
+    resume: RESUME = True,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JSON = False,
+) -> Document:
+    """Measure what guarded searches return on data that they have never seen. A killed bench goes on where it was."""
+    from rewriter.bench import guard_tables as tables
+    from rewriter.bench.guarded import Hosts, Settings, measured, summaries
+    from rewriter.bench.hosts import named
+
+    chosen = named([name.strip() for name in models.split(",")] if models else [])
+    missing = {host.name: host.missing for host in chosen if host.missing}
+    there = [host for host in chosen if not host.missing]
+    if not there:
+        raise OptionError(f"no model can be measured: {'; '.join(missing.values())}")
+    settings = Settings(tokens=tokens, budget=seconds(time_budget))
+    if names := variant_names(variants):
+        settings = replace(settings, variants=tuple(names))
+    found = _gathered("measuring", measured(there, runs, Hosts(settings), fresh=not resume), runs)
+    totals = summaries(found)
+    if markdown:
+        print(tables.markdown(totals, missing))
+    elif not as_json:
+        tables.show(totals, missing, stdout())
+    if not totals[-1].holds and not as_json:  # the document says so itself
+        raise GuardError("the guard does not hold what it promises on fresh data")
+    return {
+        "runs": [run.to_json() for run in found],
+        "models": [total.to_json() for total in totals],
+        "missing": missing,
+    }
 
 
 def _gathered(stage: str, rows: Iterable[Row], total: int | None = None) -> list[Row]:

@@ -1,0 +1,52 @@
+"""What the measurement of the guard found, as a table for a terminal or for a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from rewriter.bench.guarded import MOST_EXCEEDED, MOST_TIMES, Summary
+from rewriter.bench.tables import as_markdown, print_table
+
+COLUMNS = ("model", "runs", "approximate", "original", "exceeded", "worst", "faster")
+LEGEND = (
+    "runs: guarded searches, each with a bound and a seed. approximate: returned a model whose answers changed; "
+    "original: returned it as it was; the others placed exact variants only. exceeded: beyond the bound on fresh data, "
+    f"which may be {MOST_EXCEEDED:.0%} of the runs; worst: the largest drop there, in bounds, which may be "
+    f"{MOST_TIMES:g}. faster: the original's time over the result's, end to end, median."
+)
+
+
+def rows(totals: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """One for each summary."""
+    return [
+        (
+            total.model,
+            f"{total.runs:,}",
+            f"{total.approximate:,}",
+            f"{total.original:,}",
+            f"{total.exceeded:,} ({total.exceeded / total.runs:.0%})",
+            f"{total.worst:.2f}",
+            f"{total.faster:.2f}x",
+        )
+        for total in totals
+    ]
+
+
+def not_run(missing: Mapping[str, str]) -> str:
+    """The models that were left out, and why; "" where none was."""
+    return "".join(f"Not run: {name} ({reason}). " for name, reason in missing.items()).strip()
+
+
+def markdown(totals: Sequence[Summary], missing: Mapping[str, str]) -> str:
+    """The table, its legend, and what is not in it."""
+    return as_markdown(COLUMNS, rows(totals), LEGEND, not_run(missing))
+
+
+def show(totals: Sequence[Summary], missing: Mapping[str, str], console: Console) -> None:
+    """The same for a terminal."""
+    print_table(COLUMNS, rows(totals), LEGEND, console)
+    if sentence := not_run(missing):
+        console.print(f"\n{escape(sentence)}", highlight=False)
