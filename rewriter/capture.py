@@ -59,7 +59,8 @@ def _is_buffer(placeholder: fx.Node) -> bool:
     """Did dynamo take this input from the buffers of a module?"""
     argument = placeholder.meta.get("grapharg")
     name = getattr(getattr(argument, "source", None), "name", "")
-    return "._buffers[" in str(name() if callable(name) else name)
+    # The second way is that of modules with a `__getattr__` of their own.
+    return any(way in str(name() if callable(name) else name) for way in ("._buffers[", ".__dict__['_buffers']["))
 
 
 def _forget_written_buffers(graph: Graph) -> None:

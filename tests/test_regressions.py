@@ -168,6 +168,19 @@ def test_a_slice_of_a_causal_buffer(rewrite: Rewrite, variant: str, kv_length: i
     assert site.scale == pytest.approx(8**-0.5)
 
 
+class OtherNames(GPT2Attention):
+    """With a way of its own to look up attributes, as modules have that rename their settings."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name.removeprefix("old_"))
+
+
+@EXACT
+def test_the_buffer_of_a_module_with_a_getattr_of_its_own(rewrite: Rewrite, variant: str) -> None:
+    """diffusers' prior: dynamo names its buffers in another way, and the mask was taken for data."""
+    assert checked(rewrite, OtherNames(), *tensors(), variant=variant).mask == Causal()
+
+
 @EXACT
 def test_gpt2(rewrite: Rewrite, variant: str) -> None:
     """pytorch#119760, in the model of today: causal, and with padding."""
