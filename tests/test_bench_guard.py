@@ -14,14 +14,17 @@ from rewriter import cli
 from rewriter.bench import guard_tables, hosts
 from rewriter.bench.guarded import Hosts, Loaded, Run, Settings, measured, planned, summaries
 from rewriter.bench.hosts import Host, articles, distinct, named
+from rewriter.bench.simple import Simple, compared
 from rewriter.demo.assets import ENCODER, TEXTS, Package, encoder_folder
 from rewriter.errors import OptionError
 from rewriter.metrics import BUILT_IN
 from rewriter.session import session_of
-from rewriter.tune import record
+from rewriter.tune import measure, record, run
+from rewriter.tune.search import MARGIN
+from rewriter.tune.solve import Choice, Column, Solution, Table, effect_of
 
 PIECES = 60
-SETTINGS = Settings(tokens=160, calibration=9, fresh=7)
+SETTINGS = Settings(tokens=300, calibration=9, fresh=7)
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def tiny(tiny_lm: Callable[..., torch.nn.Module]) -> Host:
         return [{"input_ids": torch.randint(3, 128, (1, tokens), generator=generator)} for _ in range(PIECES)]
 
     return Host(
-        name="tiny", title="tiny", packages=(), load=lambda: tiny_lm("eager"), pieces=pieces, tokens=160,
+        name="tiny", title="tiny", packages=(), load=lambda: tiny_lm("eager"), pieces=pieces, tokens=300,
         metric="perplexity", bounds=(0.5, 1e-9),
     )  # fmt: skip
 
@@ -44,18 +47,27 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
     return kept
 
 
+@pytest.fixture
+def window_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that are set, the later candidate the cheaper: the window is after what is exact."""
+    monkeypatch.setattr(
+        measure.SiteBench, "compare", lambda self, built, **_: [9.0 - 2 * n for n in range(len(built) + 1)]
+    )
+    monkeypatch.setattr(run, "_SECONDS_END_TO_END", 0.1)
+
+
 def ran(outcome: str = "approximate", drop: float = 0.005, faster: float = 2.0, model: str = "a") -> Run:
     return Run(model, 64, 0.01, 0, outcome, drop, 0.004, 7, faster, 1.0)
 
 
 def test_a_run_is_measured_on_fresh_data_and_kept(
-    tiny: Host, cache: dict[tuple[str, str], Any], monkeypatch: pytest.MonkeyPatch
+    tiny: Host, cache: dict[tuple[str, str], Any], window_pays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     among = Hosts(SETTINGS)
     found = list(measured([tiny], 2, among))
-    assert [(run.bound, run.seed, run.tokens, run.fresh) for run in found] == [(0.5, 0, 160, 7), (1e-9, 0, 160, 7)]
+    assert [(each.bound, each.seed, each.tokens, each.fresh) for each in found] == [(0.5, 0, 300, 7), (1e-9, 0, 300, 7)]
     loose, strict = found
-    assert loose.outcome in ("exact", "approximate", "original") and abs(loose.drop) <= 0.5
+    assert loose.outcome in ("approximate", "original") and abs(loose.drop) <= 0.5
     assert strict.outcome in ("exact", "original") and abs(strict.drop) < 1e-5
     assert session_of(among.loaded(tiny).model) is None, "the next run starts from the original"
 
@@ -129,22 +141,62 @@ def test_what_is_counted() -> None:
     assert guard_tables.rows([one_more])[0] == ("a", "20", "18", "1", "1 (5%)", "1.49", "2.00x")
 
 
-def test_the_command(tiny: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tiny: Host,
+    cache: dict[tuple[str, str], Any],
+    window_pays: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     absent = Package("a_package_that_nobody_has", "a-package==1")
     lost = replace(tiny, name="lost", packages=(absent,))
     monkeypatch.setattr(hosts, "HOSTS", {"tiny": replace(tiny, bounds=(0.5,)), "lost": lost})
     arguments = ["bench", "guard", "--runs", "1", "--variants", "sdpa"]
     assert cli.run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    (run,) = found["runs"]
-    assert run["model"] == "tiny" and run["times"] == run["drop"] / 0.5 and run["seconds"] > 0
+    (only,) = found["runs"]
+    assert only["model"] == "tiny" and only["times"] == only["drop"] / 0.5 and only["seconds"] > 0
     assert found["models"][0]["runs"] == 1 and "pip install --no-deps a-package==1" in found["missing"]["lost"]
-    assert cli.run([*arguments, "--markdown"]) == 0
+    assert cli.run([*arguments, "--simple", "--markdown"]) == 0
     shown = capsys.readouterr().out
+    assert "| tiny | 0.5 | rank and revert | " in shown
     assert "| tiny | 1 | 0 |" in shown and "Not run: lost (" in shown
     monkeypatch.setattr("rewriter.bench.guarded.MOST_TIMES", -1.0)
     assert cli.run(arguments) != 0
     assert "does not hold what it promises" in " ".join(capsys.readouterr().err.split())
+
+
+def test_simple_plans_keep_the_same_bound(tiny: Host, window_pays: None) -> None:
+    plans = compared(Loaded(replace(tiny, bounds=(0.9,)), SETTINGS), 0.9, 0, lambda *_: None)
+    exact, search, reverted, uniform = plans
+    assert [plan.how for plan in plans] == ["exact", "search", "rank and revert", "one setting"]
+    assert abs(exact.searched) < 1e-4 and abs(exact.fresh) < 1e-4 and exact.setting == ""
+    assert uniform.setting.startswith("sliding_window") and uniform.tried == 1 and reverted.tried == 1
+    assert all(plan.searched <= MARGIN * 0.9 and plan.measured > 0 for plan in plans)
+    assert search.predicted >= max(reverted.predicted, uniform.predicted) and reverted.predicted > exact.predicted
+    assert uniform.fresh != 0, "another window changes the answers"
+
+
+def test_rank_and_revert_keeps_as_many_as_it_can(tiny: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight sites of rising effect, of which the first five are within the margin."""
+    tables = [Table([Column(2.0, [0.0]), Column(1.0, [float(n)])]) for n in (3, 1, 2, 8, 5, 4, 7, 6)]
+    simple = object.__new__(Simple)
+    simple.exact, simple._tables, simple._margin = (Choice(0),) * 8, tables, 15.0
+    simple._whole = [{"window": Choice(1)} for _ in tables]
+    asked = []
+
+    def drop_of(solution: Solution) -> float:
+        asked.append(solution)
+        return sum(effect_of(*pair) for pair in zip(tables, solution, strict=True))
+
+    monkeypatch.setattr(simple, "drop_of", drop_of)
+    plan, tried = simple.rank_and_revert()
+    assert [choice.whole for choice in plan] == [1, 1, 1, 0, 1, 1, 0, 0]
+    assert tried == len(asked) <= 4
+    simple._margin = 0.5
+    assert simple.rank_and_revert()[0] == simple.exact
+    simple._margin = 36.0
+    assert simple.rank_and_revert() == ((Choice(1),) * 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +220,7 @@ def test_one_sentence_for_what_is_wrong(
 
 
 def test_too_little_data_is_said(tiny: Host) -> None:
-    with pytest.raises(OptionError, match="the data of tiny are 60 pieces of 160 tokens, and 61 are needed"):
+    with pytest.raises(OptionError, match="the data of tiny are 60 pieces of 300 tokens, and 61 are needed"):
         Loaded(tiny, replace(SETTINGS, calibration=60))
 
 

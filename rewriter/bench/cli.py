@@ -126,6 +126,7 @@ def bench_guard(
     tokens: Annotated[int | None, typer.Option(min=64, help="In a piece of data, for all models.")] = None,
     time_budget: TIME_BUDGET = None,
     variants: VARIANTS = None,
+    simple: Annotated[bool, typer.Option("--simple", help="Also compare the search's plans with simple ones.")] = False,
     resume: RESUME = True,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: JSON = False,
@@ -134,6 +135,7 @@ def bench_guard(
     from rewriter.bench import guard_tables as tables
     from rewriter.bench.guarded import Hosts, Settings, measured, summaries
     from rewriter.bench.hosts import named
+    from rewriter.bench.simple import comparisons
 
     chosen = named([name.strip() for name in models.split(",")] if models else [])
     missing = {host.name: host.missing for host in chosen if host.missing}
@@ -143,17 +145,20 @@ def bench_guard(
     settings = Settings(tokens=tokens, budget=seconds(time_budget))
     if names := variant_names(variants):
         settings = replace(settings, variants=tuple(names))
-    found = _gathered("measuring", measured(there, runs, Hosts(settings), fresh=not resume), runs)
+    among = Hosts(settings)
+    found = _gathered("measuring", measured(there, runs, among, fresh=not resume), runs)
+    plans = _gathered("comparing", comparisons(there, among, fresh=not resume)) if simple else []
     totals = summaries(found)
     if markdown:
-        print(tables.markdown(totals, missing))
+        print(tables.markdown(totals, plans, missing))
     elif not as_json:
-        tables.show(totals, missing, stdout())
+        tables.show(totals, plans, missing, stdout())
     if not totals[-1].holds and not as_json:  # the document says so itself
         raise GuardError("the guard does not hold what it promises on fresh data")
     return {
         "runs": [run.to_json() for run in found],
         "models": [total.to_json() for total in totals],
+        "plans": [plan.to_json() for plan in plans],
         "missing": missing,
     }
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rewriter.bench.guarded import MOST_EXCEEDED, MOST_TIMES, Summary
+from rewriter.bench.simple import Compared
 from rewriter.bench.tables import as_markdown, print_table
 
 COLUMNS = ("model", "runs", "approximate", "original", "exceeded", "worst", "faster")
@@ -40,13 +41,43 @@ def not_run(missing: Mapping[str, str]) -> str:
     return "".join(f"Not run: {name} ({reason}). " for name, reason in missing.items()).strip()
 
 
-def markdown(totals: Sequence[Summary], missing: Mapping[str, str]) -> str:
-    """The table, its legend, and what is not in it."""
-    return as_markdown(COLUMNS, rows(totals), LEGEND, not_run(missing))
+SIMPLE_COLUMNS = ("model", "bound", "plan", "predicted", "measured", "drop", "fresh", "tried")
+SIMPLE_LEGEND = (
+    "The plans of one model keep the same bound on the same data, those that guide the search (drop), before the guard "
+    "looks at them; fresh: on other data. exact: the same mathematics only. rank and revert: everywhere the cheapest, "
+    "then back at the sites that cost the most for what they gain. one setting: the same at every site. predicted and "
+    "measured: how many times faster than the original, end to end, all in alternation. tried: plans measured."
+)
 
 
-def show(totals: Sequence[Summary], missing: Mapping[str, str], console: Console) -> None:
+def simple_rows(plans: Sequence[Compared]) -> list[tuple[str, ...]]:
+    """One for each plan."""
+    return [
+        (
+            plan.model,
+            f"{plan.bound:.3g}",
+            f"{plan.how} ({plan.setting})" if plan.setting else plan.how,
+            f"{plan.predicted:.2f}x",
+            f"{plan.measured:.2f}x",
+            f"{plan.searched:.2g}",
+            f"{plan.fresh:.2g}",
+            f"{plan.tried}",
+        )
+        for plan in plans
+    ]
+
+
+def markdown(totals: Sequence[Summary], plans: Sequence[Compared], missing: Mapping[str, str]) -> str:
+    """The tables, their legends, and what is not in them."""
+    guard = as_markdown(COLUMNS, rows(totals), LEGEND, not_run(missing))
+    return f"{guard}\n\n{as_markdown(SIMPLE_COLUMNS, simple_rows(plans), SIMPLE_LEGEND)}" if plans else guard
+
+
+def show(totals: Sequence[Summary], plans: Sequence[Compared], missing: Mapping[str, str], console: Console) -> None:
     """The same for a terminal."""
     print_table(COLUMNS, rows(totals), LEGEND, console)
+    if plans:
+        console.print()
+        print_table(SIMPLE_COLUMNS, simple_rows(plans), SIMPLE_LEGEND, console)
     if sentence := not_run(missing):
         console.print(f"\n{escape(sentence)}", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from statistics import median
@@ -43,7 +43,7 @@ class Settings:
 
     tokens: int | None = None
     calibration: int = 36
-    fresh: int = 60
+    fresh: int = 48
     variants: tuple[str, ...] = ("sdpa", "sliding_window", "s2", "block_sparse")
     budget: float | None = None
 
@@ -177,20 +177,23 @@ def planned(hosts: Sequence[Host], runs: int) -> Iterator[tuple[Host, float, int
     return islice(every, runs)
 
 
+def once(kind: str, host: Host, settings: Settings, what: Sequence[Any], fresh: bool, make: Callable[[], Any]) -> Any:
+    """What an earlier bench measured on this machine, from the cache, unless `fresh`; else it is measured."""
+    read = [package.requirement for package in host.packages]
+    ledger = Ledger([version(), Target.current().to_json(), asdict(settings)], fresh)
+    return ledger.measured(kind, [host.name, read, host.metric, host.tokens, *what], make)
+
+
 def measured(
     hosts: Sequence[Host], runs: int, among: Hosts, *, fresh: bool = False, progress: Advance = lambda *_: None
 ) -> Iterator[Run]:
-    """The runs, those that are in the cache from there, unless `fresh`."""
-    about = [version(), Target.current().to_json(), asdict(among.settings)]
-    ledger = Ledger(about, fresh)
+    """The runs, each of them once."""
     for host, bound, seed in planned(hosts, runs):
-        read = [package.requirement for package in host.packages]
-        what = [host.name, read, host.metric, host.tokens, bound, seed]
 
         def run(host: Host = host, bound: float = bound, seed: int = seed) -> dict[str, Any]:
             return asdict(searched(among.loaded(host), bound, seed, progress))
 
-        yield Run(**ledger.measured("guarded run", what, run))
+        yield Run(**once("guarded run", host, among.settings, [bound, seed], fresh, run))
 
 
 def searched(loaded: Loaded, bound: float, seed: int, progress: Advance) -> Run:

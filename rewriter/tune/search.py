@@ -29,7 +29,7 @@ from rewriter.tune.scores import Scores
 from rewriter.tune.slots import SlotRewriter, Switches
 from rewriter.tune.solve import Solution, Table, cost_of, effect_of, front, solve
 
-_MARGIN = 0.8
+MARGIN = 0.8
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
 _CLOSE = 0.7
 """A plan that uses this part of its margin is as good as the next one."""
@@ -163,7 +163,7 @@ class Tuning:
         """
         accepted, failed = self.accepted, list[Assembled]()
         accepted.append(self.solved(0.0))
-        margin = _MARGIN * bound
+        margin = MARGIN * bound
         budget = margin
         while len(accepted) + len(failed) <= MOST_TRIALS:
             plan = self.solved(budget)
