@@ -225,6 +225,8 @@ class AttentionSite:
     factor      a tensor that multiplies the scores: "scalar", "head", "query" or "key" (which part it differs over)
     edits       what is outside of the canonical operator; such a site is recognised, and left as it is
     tokens      how tokens lie, where it is known: "14x14", or "14x14+1" with one more in front
+    samples     the weights are not those of keys but of places between the pixels of maps (`rewriter/sampling.py`), so
+                many in each: "4+4+4+4"; `kv_len` counts the pixels
     observed    facts that were seen in values that may change, and are not proved for the next call: "mask" and "bias"
                 (of what buffers hold), "binary" (numbers that are taken for 0 and 1)
     """
@@ -250,6 +252,7 @@ class AttentionSite:
     factor: str | None = None
     edits: tuple[str, ...] = ()
     tokens: str | None = None
+    samples: str | None = None
     observed: tuple[str, ...] = ()
     spelling: str = "eager"
     source: str = ""
@@ -284,7 +287,7 @@ class AttentionSite:
     @property
     def elements(self) -> frozenset[str]:
         """What scores go through beyond softmax(scale * q k^T + mask); a variant says which of these it computes."""
-        named = {"bias": self.bias != "none", "softcap": self.softcap is not None, "sink": self.sink is not None}
+        named = {"bias": self.bias != "none", **{each: getattr(self, each) is not None for each in _GIVEN}}
         other = {self.normaliser} - {"softmax"}
         return frozenset(name for name, present in named.items() if present) | other
 
@@ -323,7 +326,10 @@ class AttentionSite:
 
 
 _MISSING = object()
-_PLAIN: dict[str, Any] = {"bias": "none", "softcap": None, "normaliser": "softmax", "sink": None, "factor": None}
+_PLAIN: dict[str, Any] = {
+    "bias": "none", "softcap": None, "normaliser": "softmax", "sink": None, "factor": None, "samples": None
+}  # fmt: skip
+_GIVEN = ("softcap", "sink", "samples")
 _USUAL: dict[str, Any] = {**_PLAIN, "tokens": None}
 """What most sites have, and their keys leave out."""
 

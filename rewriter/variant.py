@@ -36,8 +36,9 @@ class Implementation(Protocol):
     query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv) -> (B, H, Sq, Dv).
     `mask` is the whole mask of the site as the model built it, bool (True: visible) or additive, broadcastable to
     (B, H, Sq, Skv), or None where the site's positional mask says everything. `padding` is bool (B, Skv), True on real
-    tokens, given where the site's mask has a `Padding` factor. A site with a sink passes one more tensor, (H,). An
-    implementation reads sizes from its arguments: they differ from call to call.
+    tokens, given where the site's mask has a `Padding` factor. A site with a sink passes one more tensor, (H,). A site
+    with `samples` passes the three arguments of `rewriter.sampling` instead. An implementation reads sizes from its
+    arguments: they differ from call to call.
     """
 
     def __call__(

@@ -1,0 +1,31 @@
+"""The canonical operator of attention to places in maps: each query reads a few points, between pixels, by its weights.
+
+    out[b,h,q] = sum over maps l and places p of weights[b,h,q,(l,p)] * bilinear(maps_l[b,h], grids_l[b,h,q,p])
+
+    maps      for each level (B, H, height, width, D)
+    grids     for each level (B, H, Q, P, 2): x and y, -1 and 1 at the outer edges of the map. Outside, a map is 0
+    weights   (B, H, Q, sum of P), level by level
+
+There are no scores of queries and keys here: places and weights come from the query alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sampled(maps: Sequence[Tensor], grids: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """(B, H, Q, D), level by level: what is sampled of one map is let go before the next."""
+    parts = weights.split([grid.shape[3] for grid in grids], -1)
+    out: Tensor | None = None
+    for level, grid, weight in zip(maps, grids, parts, strict=True):
+        # (B H, D, Q, P)
+        samples = F.grid_sample(level.flatten(0, 1).permute(0, 3, 1, 2), grid.flatten(0, 1), align_corners=False)
+        found = torch.einsum("ndqp,nqp->nqd", samples, weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
+        out = found if out is None else out + found
+    assert out is not None, "there is at least one map"
+    return out
