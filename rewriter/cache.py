@@ -1,20 +1,35 @@
-"""Where the library keeps what it has computed: generated code, measurements, converted checkpoints."""
+"""Where the library keeps what it has computed: generated code, measurements, converted checkpoints.
+
+A cache that cannot be used costs time and nothing else: what it lacks is computed again, and the log says why.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+_NAME = "measured.sqlite3"
+_TABLE = "remembered (kind, place, value, primary key (kind, place))"
+_OURS = 0x72777231
+"""The application id in the header of the file, by which SQLite's tools know its owner."""
+
 
 def cache_dir(*parts: str) -> Path:
-    """A folder below the cache, made if it is not there: `$REWRITER_CACHE`, else the platform's cache folder."""
-    folder = _root().joinpath(*parts)
+    """A folder below the cache, made if it is not there: `$REWRITER_CACHE`, else the platform's cache folder. Where
+    that cannot be written, a folder that this process deletes at its end.
+    """
+    folder = _usable(_root()).joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -29,26 +44,75 @@ def _root() -> Path:
     return Path.home() / ".cache" / "rewriter"
 
 
+@cache
+def _usable(root: Path) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError as error:
+        kept = tempfile.TemporaryDirectory(prefix="rewriter-")
+        _KEPT.append(kept)
+        log.warning(f"The cache {root} cannot be written ({error.strerror}): what is measured is forgotten at the end.")
+        with suppress(OSError):
+            shutil.copy(root / _NAME, kept.name)  # What it knows already can be used.
+        return Path(kept.name)
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
 def remember(kind: str, place: str, value: Any) -> None:
-    """Keep a value, plain as JSON is, for later processes."""
-    with _database() as database:
-        database.execute("replace into remembered values (?, ?, ?)", (kind, place, json.dumps(value)))
+    """Keep a value, plain as JSON is, for later processes. It is kept whole or, where the disk is full, not at all."""
+    try:
+        _run("replace into remembered values (?, ?, ?)", kind, place, json.dumps(value))
+    except sqlite3.OperationalError as error:
+        log.warning(f"A measurement could not be kept in {cache_dir() / _NAME} ({error}): it will be taken again.")
 
 
 def recall(kind: str, place: str) -> Any:
     """What was remembered, or None."""
-    with _database() as database:
-        row = database.execute("select value from remembered where kind = ? and place = ?", (kind, place)).fetchone()
+    try:
+        row = _run("select value from remembered where kind = ? and place = ?", kind, place)
+    except sqlite3.OperationalError as error:
+        log.warning(f"{cache_dir() / _NAME} could not be read ({error}): what it holds is measured again.")
+        return None
     return None if row is None else json.loads(row[0])
 
 
-@contextmanager
-def _database() -> Iterator[sqlite3.Connection]:
-    # Others may be writing: SQLite waits for them.
-    database = sqlite3.connect(cache_dir() / "measured.sqlite3", timeout=30)
+def _run(statement: str, *values: str) -> Any:
+    """The first row that it gives, from a file that is moved aside and begun anew if it is not ours or damaged."""
+    path = cache_dir() / _NAME
     try:
-        database.execute("create table if not exists remembered (kind, place, value, primary key (kind, place))")
+        return _run_in(path, statement, values)
+    except sqlite3.OperationalError:
+        raise  # a full disk, or others that do not end writing
+    except sqlite3.DatabaseError as error:
+        _move_aside(path, str(error))
+        return _run_in(path, statement, values)
+
+
+def _run_in(path: Path, statement: str, values: tuple[str, ...]) -> Any:
+    # Others may be writing: SQLite waits for them.
+    with closing(sqlite3.connect(path, timeout=30)) as database:
+        (owner,) = database.execute("pragma application_id").fetchone()
+        if owner != _OURS:
+            tables = [sql for (sql,) in database.execute("select sql from sqlite_master where type = 'table'")]
+            if owner or any(_TABLE not in sql for sql in tables):
+                raise sqlite3.DatabaseError("it is another program's")
+            database.execute("pragma journal_mode = wal")
+            database.execute(f"pragma application_id = {_OURS}")
         with database:
-            yield database
-    finally:
-        database.close()
+            database.execute(f"create table if not exists {_TABLE}")
+            return database.execute(statement, values).fetchone()
+
+
+def _move_aside(path: Path, reason: str) -> None:
+    """With its journals, which are of no use to another file."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    for journal in ("-wal", "-shm", "-journal"):
+        path.with_name(path.name + journal).unlink(missing_ok=True)
+    log.warning(f"The cache file {path} cannot be used ({reason}): it is {aside.name} now, and a new one begins.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +92,16 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = native.build("nothing")
     assert isinstance(refusal, Refusal)
     assert "no C++ compiler" in str(refusal)
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(native, "stored", full)
+    refusal = native.build("// a text that no other test builds")
+    assert isinstance(refusal, Refusal)
+    assert "No space left on device" in str(refusal)
 
 
 def test_source_that_does_not_compile_is_a_sentence() -> None:

@@ -110,18 +110,25 @@ def build(text: str) -> Path | Refusal:
     library = folder / f"{name}.so"
     if library.exists():
         return library
-    unit = stored(text, "native", ".cpp")
+    try:
+        refused = _built(stored(text, "native", ".cpp"), library, [cxx, *flags])
+    except OSError as cause:
+        return Refusal(f"no kernel can be kept in {folder}: {cause.strerror}")
+    return library if refused is None else refused
+
+
+def _built(unit: Path, library: Path, command: list[str]) -> Refusal | None:
     root = Path(torch.__file__).parent
-    with TemporaryDirectory(dir=folder) as scratch:  # others may be building the same
+    with TemporaryDirectory(dir=library.parent) as scratch:  # others may be building the same
         made = Path(scratch) / library.name
         links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        command = [cxx, *flags, f"-I{root / 'include'}", str(unit), "-o", str(made), *links]
+        command = [*command, f"-I{root / 'include'}", str(unit), "-o", str(made), *links]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            return Refusal(f"{cxx} could not build {unit}: {lines[0].strip() if lines else 'no message'}")
+            return Refusal(f"{command[0]} could not build {unit}: {lines[0].strip() if lines else 'no message'}")
         made.replace(library)
-    return library
+    return None
 
 
 @cache
