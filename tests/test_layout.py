@@ -30,6 +30,8 @@ FAMILIES = frozenset(
 )
 NAMES_A_MODEL = {
     "rewriter/demo/assets.py": "reads two pretrained models from packages that are called after them",
+    "rewriter/bench/speech.py": "reads one from a file without names of the model's own",
+    "rewriter/bench/vision.py": "reads one from a file that is called after it, and says what its weights belong to",
 }
 
 

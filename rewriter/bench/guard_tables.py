@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rewriter.bench.guarded import MOST_EXCEEDED, MOST_TIMES, Summary
+from rewriter.bench.hosts import title_of
 from rewriter.bench.simple import Compared
 from rewriter.bench.tables import as_markdown, print_table
 
@@ -24,7 +25,7 @@ def rows(totals: Sequence[Summary]) -> list[tuple[str, ...]]:
     """One for each summary."""
     return [
         (
-            total.model,
+            title_of(total.model),
             f"{total.runs:,}",
             f"{total.approximate:,}",
             f"{total.original:,}",
@@ -54,7 +55,7 @@ def simple_rows(plans: Sequence[Compared]) -> list[tuple[str, ...]]:
     """One for each plan."""
     return [
         (
-            plan.model,
+            title_of(plan.model),
             f"{plan.bound:.3g}",
             f"{plan.how} ({plan.setting})" if plan.setting else plan.how,
             f"{plan.predicted:.2f}x",

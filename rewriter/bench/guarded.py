@@ -42,8 +42,8 @@ class Settings:
     """Of all runs. `tokens` None is each model's own; `budget`: seconds for one search."""
 
     tokens: int | None = None
-    calibration: int = 36
-    fresh: int = 48
+    calibration: int = 30
+    fresh: int = 45
     variants: tuple[str, ...] = ("sdpa", "sliding_window", "s2", "block_sparse")
     budget: float | None = None
 
@@ -124,7 +124,7 @@ class Loaded:
     @property
     def tokens(self) -> int:
         """In a piece."""
-        return self.settings.tokens or self.host.tokens
+        return self.host.tokens if self.host.fixed else self.settings.tokens or self.host.tokens
 
     def divided(self, seed: int) -> tuple[list[Batch], list[int]]:
         """What calibrates a run, and the numbers of the batches that are fresh then."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rewriter.bench.speech import SPEECH, SPEECH_TITLE, SPOKEN, VOICE, speech_folder, spoken
+from rewriter.bench.vision import PICTURES, READER, VISION, VISION_TITLE, pictures, vision_folder
 from rewriter.convert.checkpoint import load_model, load_tokenizer
 from rewriter.demo import lm
 from rewriter.demo.assets import (
@@ -26,6 +29,8 @@ from rewriter.demo.assets import (
 from rewriter.errors import CheckpointError, OptionError
 
 _SHARED = 15
+_HEARD = 100
+"""Texts that are read aloud."""
 
 Pieces = Sequence[dict[str, Any]]
 """Keyword arguments of calls, of one row each."""
@@ -40,6 +45,7 @@ class Host:
     pieces    the data, in pieces of so many tokens
     tokens    in a piece where nobody says how many
     bounds    on `metric`, each for as many runs as the others
+    fixed     does it take no other number of tokens?
     """
 
     name: str
@@ -50,6 +56,7 @@ class Host:
     tokens: int
     metric: str
     bounds: tuple[float, ...]
+    fixed: bool = False
 
     @property
     def missing(self) -> str:
@@ -60,6 +67,11 @@ class Host:
         except CheckpointError as error:
             return str(error)
         return ""
+
+
+def title_of(name: str) -> str:
+    """What a table calls it."""
+    return HOSTS[name].title if name in HOSTS else name
 
 
 def named(names: Sequence[str]) -> list[Host]:
@@ -127,6 +139,27 @@ HOSTS = {
             tokens=512,
             metric="cosine",
             bounds=(0.002, 0.005, 0.01, 0.02),
+        ),
+        Host(
+            name="vision",
+            title=f"{VISION_TITLE}, float32",
+            packages=(VISION, PICTURES, READER),
+            load=lambda: load_model(vision_folder())[0],
+            pieces=pictures,
+            tokens=577,
+            metric="cosine",
+            bounds=(0.002, 0.005, 0.01, 0.02),
+        ),
+        Host(
+            name="speech",
+            title=f"{SPEECH_TITLE}, float32",
+            packages=(SPEECH, VOICE, TEXTS),
+            load=lambda: load_model(speech_folder())[0],
+            pieces=lambda tokens: spoken(islice(distinct(news_lines()), _HEARD)),
+            tokens=SPOKEN,
+            metric="perplexity",
+            bounds=(0.005, 0.01, 0.02, 0.05),
+            fixed=True,
         ),
     )
 }

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,18 +57,20 @@ TEXTS = Package("gensim", "gensim==4.4.0")
 
 def lm_folder() -> Path:
     """The language model as a checkpoint folder in float32, converted from its quantised file once and kept."""
-    source = LM.file(LM_FILE)
-    folder = cache_dir("demo") / LM.requirement.replace("==", "-")
+    return converted(LM, LM_FILE, _convert)
+
+
+def converted(package: Package, file: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The folder that `convert(file, folder)` fills with a checkpoint, once; then it is kept."""
+    source = package.file(*file.split("/"))
+    folder = cache_dir("demo") / package.requirement.replace("==", "-")
     if folder.exists():
         return folder
-    for helper in ("gguf", "accelerate"):
-        if importlib.util.find_spec(helper) is None:
-            raise CheckpointError(f"reading {source.name} needs the package {helper}: run `pip install {helper}`")
     # Written beside and renamed: an interrupted conversion must not look like a finished one.
     beside = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         with quiet():
-            _convert(source, beside)
+            convert(source, beside)
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -75,6 +78,9 @@ def lm_folder() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
+    for helper in ("gguf", "accelerate"):
+        if importlib.util.find_spec(helper) is None:
+            raise CheckpointError(f"reading {source.name} needs the package {helper}: run `pip install {helper}`")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
