@@ -1,0 +1,180 @@
+"""Attention over blocks and inside the own block: Block Transformer (Ho et al. 2024, arXiv:2406.02657), at one site.
+
+The paper splits a model in two: an embedder makes one vector of each block of b tokens, the lower half of the layers
+attends to the blocks before (global), the upper half inside the own block (local). Here each attention of a pretrained
+model does both under one softmax, and starts from the model's own weights:
+
+    k'_n = sum_t w_t k_{nb+t} / c_n,  v'_n = sum_t u_t v_{nb+t} / c_n    over the c_n tokens of block n that are real
+    out_i = softmax over the keys j <= i of the own block, of scale * q_i k_j, and over the blocks n before it, of
+            scale * q_i k'_n + log(c_n) + m, of the values v_j and v'_n
+
+w, u = 1 and m = 0 at the start, for each key/value head: the paper's embedder begins with the mean of a block too, and
+log(c_n) gives a block the weight of its tokens, so that nothing changes where keys and values of a block are equal.
+Exact while all keys are in one block; else w, u and m are fitted. Padding counts for nothing.
+
+Blocks are counted from the first key: a finished one does not change while a cache grows. Work is O(N (b + N / b)),
+memory O(N). The host's cache still holds all keys, of which a decoder needs one for each finished block and those of
+the last one: `GlobalLocal.embedded` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewriter.errors import OptionError
+from rewriter.site import AttentionSite, Causal, Dense, Padding, Refusal, SlidingWindow
+from rewriter.target import Target
+from rewriter.variant import Case, Config, Implementation, Variant
+
+_BLOCKS = (4, 16, 64)  # the paper's first
+_ROWS = 256  # queries in one call
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    site: AttentionSite,
+    config: Config,
+    module: GlobalLocal,
+) -> Tensor:
+    """The definition with both matrices of scores: (B, H, Sq, Dv). A query that sees nothing gives zeros."""
+    size, groups = module.block, query.shape[1] // key.shape[1]
+    real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
+    blocks, values, counts = module.embedded(key, value, real)
+    i = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)[:, None]
+    j, n = (torch.arange(t.shape[2], device=key.device) for t in (key, blocks))
+    near = (j <= i) & (i // size == j // size) & real[:, None, None]
+    far = (n < i // size) & (counts > 0)[:, None, None]
+    keys, blocks, value, values = (t.repeat_interleave(groups, 1) for t in (key, blocks, value, values))
+    mass = counts.clamp(min=1).log()[:, None, None] + module.mass.repeat_interleave(groups)[:, None, None]
+    scores = torch.cat([query @ keys.mT * site.scale, query @ blocks.mT * site.scale + mass.to(query.dtype)], -1)
+    seen = torch.cat([near.expand(len(key), -1, -1, -1), far.expand(len(key), -1, -1, -1)], -1)
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1).masked_fill(~seen, 0.0)
+    return weights @ torch.cat([value, values], 2)
+
+
+class GlobalLocal(nn.Module):
+    """An `Implementation` with the embedder of each key/value head, in float32: the weights of the places of a block in
+    its key and in its value, (Hkv, b) each, and what is added to the logarithm of its tokens, (Hkv,).
+    """
+
+    def __init__(self, site: AttentionSite, config: Config) -> None:
+        super().__init__()
+        self.block, self.scale = int(config["block"]), site.scale
+        if self.block < 1:
+            raise OptionError(f"blocks of {self.block} tokens: a block has at least one")
+        shape = (site.kv_heads, self.block)
+        self.key_weights = nn.Parameter(torch.ones(shape, device=site.device))
+        self.value_weights = nn.Parameter(torch.ones(shape, device=site.device))
+        self.mass = nn.Parameter(torch.zeros(site.kv_heads, device=site.device))
+
+    def embedded(self, key: Tensor, value: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Key and value of each block, (B, Hkv, n, D), the last one as far as it goes, and its tokens, float (B, n)."""
+        lacking = -key.shape[2] % self.block
+        real = F.pad(real, (0, lacking)).unflatten(1, (-1, self.block))
+        counts = real.sum(-1).float()
+
+        def mean(t: Tensor, weights: Tensor) -> Tensor:
+            t = F.pad(t, (0, 0, 0, lacking)).unflatten(2, (-1, self.block))
+            shares = weights[:, None] * real[:, None] / counts.clamp(min=1)[:, None, :, None]
+            return (shares.to(t.dtype)[..., None, :] @ t).squeeze(-2)
+
+        return mean(key, self.key_weights), mean(value, self.value_weights), counts
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
+        """`mask` is not read: the site's mask is causal, and `padding`."""
+        (kv_len, past), v_width = (key.shape[2], key.shape[2] - query.shape[2]), value.shape[3]
+        real = key.new_ones(key.shape[0], kv_len, dtype=torch.bool) if padding is None else padding
+        blocks, values, counts = self.embedded(key, value, real)
+        if query.shape[3] != v_width and query.device.type == "cpu":  # unequal widths are not fused
+            width = max(query.shape[3], v_width)
+            query, key, value, blocks, values = (
+                F.pad(t, (0, width - t.shape[3])) for t in (query, key, value, blocks, values)
+            )
+        grouped, groups = bool(query.shape[1] != key.shape[1]), query.shape[1] // key.shape[1]
+        mass = counts.clamp(min=1).log()[:, None] + self.mass[:, None]
+        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
+        step, start, out = max(_ROWS // self.block, 1) * self.block, past, []
+        while start < kv_len:
+            first = start // self.block * self.block  # of the block, which may begin before the queries
+            stop = min(first + step, kv_len)
+            before = (stop - 1) // self.block  # blocks of which some query sees the whole
+            i = torch.arange(start, stop, device=query.device)[:, None]
+            j, n = torch.arange(first, stop, device=query.device), torch.arange(before, device=query.device)
+            far = mass[:, :, None, :before].masked_fill(n >= i // self.block, float("-inf"))
+            seen = (j <= i) & (i // self.block == j // self.block) & real[:, None, None, first:stop]
+            near = far.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(-1, far.shape[1], -1, -1)
+            o = F.scaled_dot_product_attention(
+                query[:, :, start - past : stop - past],
+                torch.cat([blocks[:, :, :before], key[:, :, first:stop]], 2),
+                torch.cat([values[:, :, :before], value[:, :, first:stop]], 2),
+                torch.cat([far, near], -1).to(query.dtype),
+                scale=self.scale,
+                enable_gqa=grouped,
+            )
+            out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
+            start = stop
+        return torch.cat(out, 1).transpose(1, 2)[..., :v_width]
+
+
+def applies(site: AttentionSite, target: Target) -> bool | Refusal:
+    """Causal self-attention, with or without padding, over more than a few of the smallest blocks."""
+    reason = ""
+    if site.dropout_p > 0:
+        reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
+    elif site.mask.has(Dense):
+        reason = "the mask is a tensor of which nothing is known, so it is not known either what it hides of a block"
+    elif site.mask.positional != Causal() and not site.single_query_decode:
+        reason = f"blocks before a query are defined for a causal mask, and this one is {site.mask}"
+    elif site.kv_len is not None and not configs(site, target):
+        reason = f"{site.kv_len} keys are too few for blocks of {_BLOCKS[0]}: own block and blocks before would be half"
+    return Refusal(reason, site.path, site.source) if reason else True
+
+
+def configs(site: AttentionSite, target: Target) -> list[Config]:
+    """The smallest blocks first; none where own block and blocks before would be half of the keys."""
+    length = site.kv_len
+    return [{"block": b} for b in _BLOCKS if length is None or 2 * (b + length // b) < length]
+
+
+def build(site: AttentionSite, config: Config) -> Implementation:
+    """The module, whose embedder is the mean."""
+    return GlobalLocal(site, config)
+
+
+_SITE = AttentionSite(
+    path="case", heads=6, kv_heads=2, head_dim=16, v_head_dim=16, dtype="float32", scale=0.25, mask=Causal(),
+    batch=3, q_len=300, kv_len=300,
+)  # fmt: skip
+
+VARIANT = Variant(
+    name="global_local",
+    paper="arXiv:2406.02657, section 2",
+    fidelity="learned",
+    reference=reference,
+    applies=applies,
+    configs=configs,
+    build=build,
+    cases=[
+        Case(site=_SITE),
+        Case(site=replace(_SITE, dtype="bfloat16", q_len=515, kv_len=515), configs=[{"block": 64}]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), v_head_dim=8), configs=[{"block": 7}]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), kv_heads=6), configs=[{"block": 16}]),
+        Case(site=replace(_SITE, q_len=137), configs=[{"block": 300}]),
+        Case(site=replace(_SITE, mask=Causal() & Padding(), q_len=1)),
+    ],
+    near_misses=[
+        replace(_SITE, dropout_p=0.1),
+        replace(_SITE, mask=Causal() & Dense()),
+        replace(_SITE, mask=SlidingWindow(255, 0)),
+        replace(_SITE, mask=Causal(1)),
+        replace(_SITE, q_len=12, kv_len=12),
+    ],
+)
