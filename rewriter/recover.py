@@ -2,7 +2,8 @@
 
 Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1): everything else is frozen, and each replaced attention is
 trained by itself to give the output of the original on the same queries, keys and values. A module with a method
-`start`, of the arguments of a call, is first given those of the first sample, to set its parameters from data.
+`start`, of the arguments of a call, is first given those of the first sample, to set its parameters from data; for one
+that has only buffers, such as centroids, this is all.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ def fit(module: nn.Module, samples: Sequence[Sample], *, steps: int = 60, rate: 
     best parameters seen are kept: a fit never ends worse than it began.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters or not samples:
+    if not samples or not (parameters or not list(module.parameters())):
         return _loss_over(module, samples), _loss_over(module, samples)
-    optimizer = torch.optim.Adam(parameters, lr=rate)
     first = best = _loss_over(module, samples)
     kept = {name: value.detach().clone() for name, value in module.state_dict().items()}
     if callable(start := getattr(module, "start", None)):
@@ -36,6 +36,9 @@ def fit(module: nn.Module, samples: Sequence[Sample], *, steps: int = 60, rate: 
             best, kept = now, {name: value.detach().clone() for name, value in module.state_dict().items()}
         else:
             module.load_state_dict(kept)
+    if not parameters:
+        return first, best
+    optimizer = torch.optim.Adam(parameters, lr=rate)
     with torch.enable_grad():
         for step in range(steps):
             optimizer.zero_grad(set_to_none=True)

@@ -60,7 +60,7 @@ class Variant:
 
     name        equals the file's name
     paper       where the definition stands (arXiv id, equation)
-    fidelity    "exact": the same mathematics; "approximate": training-free; "learned": has parameters to fit
+    fidelity    "exact": the same mathematics; "approximate": training-free; "learned": has parameters or buffers to fit
     reference   the definition in plain PyTorch, slow and obvious: (implementation's arguments, site, config) -> out;
                 for a learned variant the built module is passed as `module=`
     applies     True, or a `Refusal` that names the fact of the site in the way

@@ -99,10 +99,12 @@ def test_declares_where_it_applies_and_where_it_nearly_does(variant: Variant) ->
 
 @EVERY_VARIANT
 def test_parameters_start_in_float32_and_only_where_learned(variant: Variant) -> None:
+    """Or buffers, where what is learned has no gradient."""
     site = replace(variant.cases[0].site, dtype="bfloat16")
-    found = parameters(variant.build(site, next(iter(variant.configs(site, CPU)))))
-    assert bool(found) == (variant.fidelity == "learned")
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in found)
+    built = variant.build(site, next(iter(variant.configs(site, CPU))))
+    found, buffers = parameters(built), list(built.buffers()) if isinstance(built, nn.Module) else []
+    assert bool(found or buffers) == (variant.fidelity == "learned")
+    assert all(p.dtype == torch.float32 for p in (*found, *buffers)) and all(p.requires_grad for p in found)
 
 
 # --- every variant, case and config ----------------------------------------------------------------------------------

@@ -1,0 +1,226 @@
+"""Attention inside clusters: against loops over tokens, what it shows of the future, and how centroids move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.kernels.sparse.routing import VARIANT, Routing
+from rewriter.raising import Operands
+from rewriter.recover import fit
+from rewriter.site import AttentionSite, Causal, Full, Mask, Padding
+from rewriter.testing import assert_close, brute_force, inputs
+from rewriter.variant import Config
+
+SITE = AttentionSite(
+    path="a", heads=4, kv_heads=2, head_dim=8, v_head_dim=6, dtype="float32", scale=0.3, mask=Causal(),
+    batch=2, q_len=30, kv_len=30,
+)  # fmt: skip
+FORMS = [("past", Causal()), ("position", Causal()), ("rank", Causal()), ("none", Full())]
+EVERY_FORM = pytest.mark.parametrize(("causal", "mask"), FORMS, ids=[name for name, _ in FORMS])
+SHARED = pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+
+
+def built(site: AttentionSite, causal: str, shared: bool, clusters: int = 4, window: int = 6) -> Routing:
+    config: Config = {"clusters": clusters, "window": window, "causal": causal, "shared": shared}
+    module = VARIANT.build(site, config)
+    assert isinstance(module, Routing)
+    return module
+
+
+def direction(x: Tensor) -> Tensor:
+    """On the sphere, number by number."""
+    x = x.double() - x.double().mean()
+    return x / x.norm()
+
+
+def one_head(
+    q: Tensor, k: Tensor, v: Tensor, real: list[bool], centroids: Tensor, causal: str, shared: bool, window: int,
+    scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """The definition in lists: q (n, D), k and v (m, D) -> n rows."""
+    past = len(k) - len(q)
+    near_k = [[float(c @ direction(x)) for c in centroids.double()] for x in k]
+    near_q = near_k[past:] if shared else [[float(c @ direction(x)) for c in centroids.double()] for x in q]
+
+    def softmax(i: int, keys: list[int]) -> Tensor:
+        weights = torch.tensor([float(scale * q[i].double() @ k[j].double()) for j in keys]).double().softmax(0)
+        return sum((w * v[j].double() for w, j in zip(weights, keys, strict=True)), torch.zeros(v.shape[1]).double())
+
+    def nearest(near: list[list[float]], c: int, at: int) -> list[int]:
+        order = sorted((i for i in range(len(near)) if real[i + at]), key=lambda i: -near[i][c])
+        return sorted(order[:window])
+
+    results: list[list[Tensor]] = [[] for _ in q]
+    if causal == "past" or len(q) == 1:
+        homes = [near.index(max(near)) if r else None for near, r in zip(near_k, real, strict=True)]
+        for i, near in enumerate(near_q):
+            keys = [j for j in range(past + i + 1) if homes[j] == near.index(max(near))]
+            half = window // 2
+            keys = keys[max((len(keys) - 1) // half - 1, 0) * half :]
+            if keys:
+                results[i].append(softmax(i, keys))
+    else:
+        for c in range(len(centroids)):
+            queries, members = nearest(near_q, c, past), nearest(near_k, c, 0)
+            for rank, i in enumerate(queries):
+                keys = members
+                if causal == "position":
+                    keys = [j for j in members if j <= past + i]
+                elif causal == "rank":
+                    keys = members[: len(members) - len(queries) + rank + 1]
+                if keys:
+                    results[i].append(softmax(i, keys))
+    zero = torch.zeros(v.shape[1]).double()
+    return [sum(each, zero) / max(len(each), 1) for each in results]
+
+
+def by_hand(module: Routing, site: AttentionSite, shared: bool, *given: Tensor) -> Tensor:
+    query, key, value, padding = given
+    rows = [
+        one_head(
+            query[b, h], key[b, h // 2], value[b, h // 2], padding[b].tolist(), module.centroids[h // 2],
+            str(module.causal), shared, module.window, site.scale,
+        )
+        for b in range(len(query))
+        for h in range(query.shape[1])
+    ]  # fmt: skip
+    return torch.stack([torch.stack(each) for each in rows]).unflatten(0, (len(query), -1))
+
+
+@torch.no_grad()
+@EVERY_FORM
+@SHARED
+@pytest.mark.parametrize("q_len", [30, 11, 1])
+def test_it_is_the_loop_that_one_writes_by_hand(causal: str, mask: Mask, shared: bool, q_len: int) -> None:
+    site = replace(SITE, mask=mask, q_len=q_len)
+    module = built(site, causal, shared)
+    query, key, value, _, _ = inputs(site, seed=1)
+    everything = torch.ones(2, 30, dtype=torch.bool)
+    out = module(query, key, value, None, None)
+    assert_close(out, by_hand(module, site, shared, query, key, value, everything), torch.float32)
+
+
+@torch.no_grad()
+@EVERY_FORM
+@SHARED
+def test_padding_is_in_no_cluster(causal: str, mask: Mask, shared: bool) -> None:
+    site = replace(SITE, mask=mask & Padding())
+    module = built(site, causal, shared)
+    query, key, value, _, padding = inputs(site, seed=2)
+    if causal == "rank":  # of ranks in a list that padding does not shorten
+        padding[:] = True
+        padding[1, 20:] = False
+        padding[:, :3] = False
+    out = module(query, key, value, None, padding)
+    hidden = ~padding[:, None, :, None]
+    other = module(query, key.masked_fill(hidden, 9.0), value.masked_fill(hidden, 1e6), None, padding)
+    assert torch.equal(other.masked_fill(hidden, 0), out.masked_fill(hidden, 0))
+    assert causal == "past" or out.masked_fill(~hidden, 0).abs().max() == 0
+    if causal != "rank":
+        assert_close(out, by_hand(module, site, shared, query, key, value, padding), torch.float32)
+
+
+@torch.no_grad()
+@EVERY_FORM
+@SHARED
+@pytest.mark.parametrize("q_len", [30, 7])
+def test_one_cluster_of_all_is_attention(causal: str, mask: Mask, shared: bool, q_len: int) -> None:
+    site = replace(SITE, mask=mask & Padding(), q_len=q_len)
+    query, key, value, _, padding = inputs(site, seed=3)
+    padding[:] = True
+    out = built(site, causal, shared, clusters=1, window=30)(query, key, value, None, padding)
+    assert_close(out, brute_force(query, key, value, None, padding, site=site), torch.float32)
+
+
+@torch.no_grad()
+@SHARED
+def test_only_the_past_form_is_causal(shared: bool) -> None:
+    """Other tokens later: "past" gives the same, to the bit; the others choose others."""
+    query, key, value, _, _ = inputs(SITE, seed=4)
+    later = [t.clone() for t in (query, key, value)]
+    for t in later:
+        t[:, :, 20:] = torch.randn(t[:, :, 20:].shape, generator=torch.Generator().manual_seed(9))
+    for causal, same in (("past", True), ("position", False), ("rank", False)):
+        module = built(SITE, causal, shared)
+        one, other = (module(*given, None, None)[:, :, :20] for given in ((query, key, value), later))
+        assert torch.allclose(one, other, atol=1e-6) == same
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("causal", "shared", "leaks"), [
+    ("rank", False, True), ("rank", True, False), ("position", False, False), ("position", True, False)
+])  # fmt: skip
+def test_ranks_show_values_of_the_future_unless_queries_and_keys_are_routed_together(
+    causal: str, shared: bool, leaks: bool
+) -> None:
+    """Only values differ, so that the clusters are the same."""
+    module = built(SITE, causal, shared)
+    query, key, value, _, _ = inputs(SITE, seed=5)
+    later = value.clone()
+    later[:, :, 15:] += 100
+    moved = module(query, key, later, None, None) - module(query, key, value, None, None)
+    assert bool(moved[:, :, :15].abs().max() > 1) == leaks
+    assert moved[:, :, 15:].abs().max() > 1
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_routed_anew_and_gives_the_same() -> None:
+    module = built(SITE, "past", shared=False)
+    query, key, value, _, _ = inputs(SITE, seed=6)
+    steps = [module(query[:, :, i : i + 1], key[:, :, : i + 1], value[:, :, : i + 1], None, None) for i in range(30)]
+    assert_close(torch.cat(steps, 2), module(query, key, value, None, None), torch.float32)
+
+
+@torch.no_grad()
+@SHARED
+def test_centroids_move_in_training_only(shared: bool) -> None:
+    module = built(SITE, "past", shared)
+    query, key, value, _, _ = inputs(SITE, seed=7)
+    before = module.centroids.clone()
+    frozen = module(query, key, value, None, None)
+    assert torch.equal(module.centroids, before)
+    module.train()
+    assert torch.equal(module(query, key, value, None, None), frozen), "what is seen is that of before"
+    for h in range(2):
+        tokens = [direction(x) for x in key[:, h].flatten(0, 1)]
+        if not shared:
+            tokens += [direction(x) for x in query[:, 2 * h : 2 * h + 2].flatten(0, 2)]
+        for c, old in enumerate(before[h].double()):
+            members = [x for x in tokens if (before[h].double() @ x).argmax() == c]
+            mean = F.normalize(torch.stack(members).sum(0), dim=0) if members else old
+            assert_close(module.centroids[h, c], F.normalize(0.999 * old + 0.001 * mean, dim=0), torch.float32)
+    assert not torch.equal(module.centroids, before)
+
+
+def clustered(site: AttentionSite, seed: int) -> tuple[Operands, Tensor]:
+    """Tokens of four kinds that attend to their own, and what comes of it."""
+    query, key, value, mask, padding = inputs(site, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    kinds = torch.stack([torch.randperm(30, generator=random)[None] % 4 for _ in range(2)])
+    centres = 4 * torch.eye(8)[:4][kinds]
+    given = Operands(0.3 * query + centres, 0.3 * key + centres, value + centres[..., :6], mask, padding)
+    return given, brute_force(*given.given, site=site).float()
+
+
+@SHARED
+@pytest.mark.parametrize(("mask", "window"), [(Causal() & Padding(), 30), (Full(), 8)], ids=str)
+def test_centroids_are_found_in_data(mask: Mask, window: int, shared: bool) -> None:
+    site, causal = replace(SITE, mask=mask, scale=1.0), "past" if mask.has(Causal) else "none"
+    module, other = (built(site, causal, shared, window=window) for _ in range(2))
+    samples = [clustered(site, 1), clustered(site, 2)]
+    before, after = fit(module, samples)
+    assert after < 0.8 * before
+    assert fit(other, samples) == (before, after), "the same every time"
+    operands = samples[0][0]
+    found = module.moved(operands.query, operands.key, operands.padding)
+    assert_close(module.centroids, found, torch.float32)  # where k-means rests
+    assert list(module.state_dict()) == ["centroids"]
+    third = built(site, causal, shared, window=window)
+    third.load_state_dict(module.state_dict())
+    given, _ = clustered(site, 3)
+    assert torch.equal(third(*given.given), module(*given.given))
