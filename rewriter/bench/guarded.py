@@ -42,8 +42,8 @@ class Settings:
     """Of all runs. `tokens` None is each model's own; `budget`: seconds for one search."""
 
     tokens: int | None = None
-    calibration: int = 30
-    fresh: int = 45
+    calibration: int = 24
+    fresh: int = 40
     variants: tuple[str, ...] = ("sdpa", "sliding_window", "s2", "block_sparse")
     budget: float | None = None
 
