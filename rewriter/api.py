@@ -171,14 +171,16 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
     if isinstance(model, ExportedProgram):
         found = detect(exported(model))
         seconds = {"capture and detect": time.perf_counter() - start}
-        return Report(sites=found.sites, refusals=found.refusals, graphs=1, seconds=seconds)
+        sampled = [match.site for match in found.sampled]
+        return Report(sites=found.sites, sampled=sampled, refusals=found.refusals, graphs=1, seconds=seconds)
     if not isinstance(model, nn.Module):
         raise OptionError(f"explain takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
     seen = GraphRewriter(None, names=module_names(model))
     with _unchanged(model), torch.no_grad(), capture_errors():
         compiled(model, seen)(*args, **kwargs)
     seconds = {**seen.seconds, "whole run": time.perf_counter() - start}
-    return Report(sites=list(seen.sites.values()), refusals=seen.refusals, graphs=seen.graphs, seconds=seconds)
+    sites, sampled = list(seen.sites.values()), list(seen.sampled.values())
+    return Report(sites=sites, sampled=sampled, refusals=seen.refusals, graphs=seen.graphs, seconds=seconds)
 
 
 def apply(
@@ -242,7 +244,7 @@ def _optimize_exported(program: ExportedProgram, goal: str, allowed: frozenset[s
     work = Rewrite(exported(program), {})
     work.detection = work.step("detect", lambda: detect(work.graph))
     seen.note(work)
-    if not work.detection.matches:
+    if not (work.detection.matches or work.detection.sampled):
         raise no_attention(seen)
     found = rewritten(work, selector.choose) or work.graph
     adopt(found, new_session(found, seen, goal))

@@ -45,12 +45,13 @@ def inner_compiler(inner: Inner) -> Callable[[Graph, Sequence[Any]], Callable[..
 
 @dataclass(repr=False)
 class GraphRewriter:
-    """A dynamo backend with a memory: what it saw is in `sites` and `refusals`, in the order of capture."""
+    """A dynamo backend with a memory: what it saw is in `sites`, `sampled` and `refusals`, in the order of capture."""
 
     choose: Selector | None
     inner: Inner = "eager"
     names: Mapping[str, str] = field(default_factory=dict)
     sites: dict[str, AttentionSite] = field(default_factory=dict)
+    sampled: dict[str, AttentionSite] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     graphs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -78,18 +79,20 @@ class GraphRewriter:
             debug.say(1, str(self.refusals[-1]))
             return None
         self.note(work)
-        return work if work.detection.matches else None
+        return work if work.detection.matches or work.detection.sampled else None
 
     @property
     def replaceable(self) -> bool:
         """Was there an attention that is not only recognised?"""
-        return any(not site.edits for site in self.sites.values())
+        return bool(self.sampled) or any(not site.edits for site in self.sites.values())
 
     def note(self, work: Rewrite) -> None:
         """Remember what a graph holds."""
         self._add_seconds(work)
         for site in work.detection.sites:
             self.sites.setdefault(site.path, site)
+        for match in work.detection.sampled:
+            self.sampled.setdefault(match.site.path, match.site)
         self.refusals += [refusal for refusal in work.detection.refusals if refusal not in self.refusals]
 
     def _add_seconds(self, work: Rewrite) -> None:

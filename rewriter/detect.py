@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ from rewriter.pattern import (
 from rewriter.proof import Proof
 from rewriter.raising import ChangedInPlace, Match
 from rewriter.reading import read_call, read_ways
+from rewriter.sampled import SampledMatch
+from rewriter.sampled_reading import read_samples
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
 from rewriter.tokens import place_tokens
 from rewriter.walk import Stop, Walk, is_linear_attention
@@ -43,20 +45,23 @@ from rewriter.walk import Stop, Walk, is_linear_attention
 
 @dataclass
 class Detection:
-    """What one graph holds: `matches` can be rewritten, `kept` are recognised and left as they are."""
+    """What one graph holds: `matches` can be rewritten, `kept` are recognised and left as they are; `sampled` are those
+    without scores, to places in maps.
+    """
 
     matches: list[Match] = field(default_factory=list)
     kept: list[Match] = field(default_factory=list)
+    sampled: list[SampledMatch] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def sites(self) -> list[AttentionSite]:
-        """The sites of both, in the order of the graph."""
+        """The sites with scores, in the order of the graph."""
         every = sorted(self.matches + self.kept, key=_place)
         return [match.site for match in every]
 
 
-def _place(match: Match) -> Any:
+def _place(match: Match | SampledMatch) -> Any:
     return match.output
 
 
@@ -73,12 +78,15 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None, *, observe: bool =
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        read = detector.read(node)
+        read: Reading | SampledMatch | Refusal | None = detector.read(node)
+        read = read_samples(node) if read is None else read
         if read is None:
             continue
         path = site_path(node, names or {}, frame)
-        match = detector.match(read, path) if isinstance(read, Reading) else read
-        if isinstance(match, Match) and (match.output, match.reading.weights) not in taken:
+        match = detector.match(read, path) if isinstance(read, Reading) else detector.proved(read, path)
+        if isinstance(match, SampledMatch):
+            found.sampled.append(match)
+        elif isinstance(match, Match) and (match.output, match.reading.weights) not in taken:
             taken[match.output, match.reading.weights] = match
             (found.kept if match.site.edits else found.matches).append(match)
         elif isinstance(match, Refusal):
@@ -89,12 +97,12 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None, *, observe: bool =
             path = site_path(node, names or {}, frame)
             reason = "queries times (keys times values), which is linear attention already"
             found.refusals.append(Refusal(reason, path=path, source=source_line(node)))
-    _number_repeated_paths(sorted(taken.values(), key=_place))
+    _number_repeated_paths(sorted([*taken.values(), *found.sampled], key=_place))
     place_tokens(gm.graph, taken.values())
     return found
 
 
-def _number_repeated_paths(matches: list[Match]) -> None:
+def _number_repeated_paths(matches: Sequence[Match | SampledMatch]) -> None:
     """One module may hold several attentions: the second at a path is called path#1."""
     seen: dict[str, int] = {}
     for match in matches:
@@ -154,6 +162,17 @@ class _Detector:
         if reading.doubts:
             return _kept(match, reading.doubts)
         return refusal
+
+    def proved(self, read: SampledMatch | Refusal, path: str) -> SampledMatch | Refusal:
+        """What was read of an attention to places, where it computes that."""
+        if isinstance(read, Refusal):
+            return read
+        read.site = dataclasses.replace(read.site, path=path)
+        try:
+            refusal = self.proof.check(read)
+        except ChangedInPlace as reason:
+            return Refusal(str(reason))
+        return read if refusal is None else refusal
 
     def _described(self, reading: Reading, path: str) -> Match | Refusal:
         query, key, value = (value_of(side.node) for side in reading.operands)

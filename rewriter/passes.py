@@ -11,11 +11,12 @@ from rewriter import debug
 from rewriter.capture import Graph, to_aten
 from rewriter.detect import Detection, detect
 from rewriter.lower import lower
-from rewriter.raising import Match, raise_sites
+from rewriter.raising import raise_sites
+from rewriter.sampled import place
 from rewriter.variant import Implementation
 
-Choose = Callable[[Match], Implementation | None]
-"""What to place at a match; None leaves the original."""
+Choose = Callable[[Any], Implementation | None]
+"""What to place at a match, a `Match` or a `SampledMatch`; None leaves the original."""
 
 
 @dataclass
@@ -47,10 +48,13 @@ def captured(gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str],
 
 def rewritten(work: Rewrite, choose: Choose) -> Graph | None:
     """Raise, select and lower: the graph with the chosen implementations; None where every site stays as it is."""
-    chosen = {match.site.path: choose(match) for match in work.detection.matches}
-    taken = [match for match in work.detection.matches if chosen[match.site.path] is not None]
-    if not taken:
+    matches, sampled = work.detection.matches, work.detection.sampled
+    chosen = {each.site.path: choose(each) for part in (matches, sampled) for each in part}
+    taken = [match for match in matches if chosen[match.site.path] is not None]
+    places = [match for match in sampled if chosen[match.site.path] is not None]
+    if not taken and not places:
         return None
+    work.step("place", lambda: place(work.graph, places, chosen))
     raised = work.step("raise", lambda: raise_sites(work.graph, taken))
     graph: Graph = work.step("lower", lambda: lower(work.graph, raised, chosen))
     return graph

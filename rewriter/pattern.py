@@ -120,6 +120,23 @@ class Call:
     edit: str = ""
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """out[n, :, i, j] = map[n] at grid[n, i, j], as `rewriter.sampling` reads a map (N, D, height, width)."""
+
+    map: fx.Node
+    grid: fx.Node
+
+
+@dataclass(frozen=True)
+class Join:
+    """Tensors side by side along `axis`, which is a new one where they are `stacked`."""
+
+    parts: tuple[fx.Node, ...]
+    axis: int
+    stacked: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """One element of the grammar. Every role is optional, and None means "not mine".
@@ -129,6 +146,8 @@ class Pattern:
     element      a node as a step from the tensor below it: of scores, of weights, or of queries, keys and values.
                  Several steps are alternatives
     contraction  a product of two tensors, summed over shared axes
+    sampler      a map that is read at places between its pixels
+    join         several tensors as one
     examples     functions (query, key, value, mask) -> out that use this spelling; `mask` is bool, True is visible
     """
 
@@ -137,6 +156,8 @@ class Pattern:
     normaliser: Callable[[fx.Node], Normaliser | None] | None = None
     element: Callable[[fx.Node], Step | Sequence[Step] | Refusal | None] | None = None
     contraction: Callable[[fx.Node], Contraction | None] | None = None
+    sampler: Callable[[fx.Node], Sampler | Refusal | None] | None = None
+    join: Callable[[fx.Node], Join | None] | None = None
     examples: Sequence[Callable[..., Tensor]] = ()
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 
-from rewriter.canonical import run
 from rewriter.guard import error, tolerance
-from rewriter.ops import attention
-from rewriter.raising import Match, arguments
+from rewriter.raising import Match
 from rewriter.region import Region, Sizes, region_of
+from rewriter.sampled import SampledMatch
 from rewriter.site import Refusal
 
 _SMALL = (19, 23)
@@ -25,12 +23,6 @@ _MOST_SCORES = 1 << 25
 """A region that cannot be shrunk is run at its own size up to this many scores."""
 _FEW_SCORES = 1 << 20
 """With fewer scores than this, one thread is the fastest."""
-_TRIALS: dict[str, dict[str, Any]] = {
-    "random": {},
-    "large": {"magnitude": 30.0},
-    "hidden-row": {"hide_rows": True},
-    "infinite": {"hide_rows": True, "infinite": True},
-}
 
 
 class Proof:
@@ -39,7 +31,7 @@ class Proof:
     def __init__(self) -> None:
         self._known: dict[str, Refusal | None] = {}
 
-    def check(self, match: Match) -> Refusal | None:
+    def check(self, match: Match | SampledMatch) -> Refusal | None:
         """None where the match computes what its site says, else the disagreement with its numbers."""
         region = region_of(match)
         if isinstance(region, Refusal):
@@ -61,7 +53,7 @@ def _prove(region: Region) -> Refusal | None:
         except (RuntimeError, IndexError, ValueError):
             pass
         # A number depends on the length in a way of its own, or only looks like it: run the region as it is.
-    scores = q_len * kv_len * region.batch * region.match.site.heads
+    scores = region.scores
     if scores > _MOST_SCORES:
         return Refusal(f"a region of {scores:,} scores is too large to be proved, and its sizes cannot be shrunk")
     try:
@@ -85,13 +77,11 @@ def _one_thread() -> Iterator[None]:
 def _compare(region: Region, sizes: Sizes) -> Refusal | None:
     match = region.match
     original = region.module(sizes, proof=True)
-    for name, settings in _TRIALS.items():
+    for name, settings in region.trials.items():
         values = region.values(sizes, proof=True, **settings)
         with torch.no_grad(), torch._C._DisableAutocast():  # which may be on around the call that is being compiled
             expected = original(*(values[node].clone() for node in match.inputs))
-            tensors = region.operands(values, sizes, keep_mask=True, proof=True)
-            out = attention(*arguments(tensors, match.site, dropout=False))
-            actual = match.result(run, out, region.size(values, sizes), cast=False)
+            actual = region.canonical(values, sizes)
         if actual.shape != expected.shape:
             return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
         difference = error(actual, expected)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -17,9 +18,13 @@ from torch import Tensor, fx
 from rewriter.axes import Axis, Layout, as_captured
 from rewriter.canonical import SizeOf, run
 from rewriter.facts import Op
+from rewriter.ops import attention
 from rewriter.pattern import is_bias, is_call, value_of
-from rewriter.raising import ChangedInPlace, Match, Operands, between, compose_mask, compose_padding
+from rewriter.raising import ChangedInPlace, Match, Operands, arguments, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
+
+if TYPE_CHECKING:
+    from rewriter.sampled import SampledMatch
 
 _ATEN = torch.ops.aten
 
@@ -41,6 +46,21 @@ class Region:
         """(Sq, Skv) as captured."""
         roles = self.match.roles
         return self._count(roles.rows), self._count(roles.columns)
+
+    @property
+    def trials(self) -> dict[str, dict[str, Any]]:
+        """What a proof is run on: keyword arguments of `values` by name."""
+        return {
+            "random": {},
+            "large": {"magnitude": 30.0},
+            "hidden-row": {"hide_rows": True},
+            "infinite": {"hide_rows": True, "infinite": True},
+        }
+
+    @property
+    def scores(self) -> int:
+        """How many there are at the captured size."""
+        return math.prod(self.lengths) * self.batch * self.match.site.heads
 
     @property
     def batch(self) -> int:
@@ -200,6 +220,13 @@ class Region:
         padding = compose_padding(run, match, value, size) if match.site.mask.has(Padding) else None
         return match.operands(run, value, size, mask, padding)
 
+    def canonical(self, values: Mapping[fx.Node, Tensor], sizes: Sizes) -> Tensor:
+        """What the canonical operator makes of these inputs, in the shape of the original's output. For a proof."""
+        tensors = self.operands(values, sizes, keep_mask=True, proof=True)
+        out = attention(*arguments(tensors, self.match.site, dropout=False))
+        made: Tensor = self.match.result(run, out, self.size(values, sizes), cast=False)
+        return made
+
 
 def proof_dtype(dtype: torch.dtype) -> torch.dtype:
     """The mathematics is proved where rounding does not hide a mistake, nor look like one."""
@@ -224,10 +251,16 @@ def _is_floating(node: fx.Node) -> bool:
     return node.op == "call_function" and _is_tensor(node) and value_of(node).dtype.is_floating_point
 
 
-def region_of(match: Match) -> Region | Refusal:
+@singledispatch
+def whole(match: Any) -> Region:
+    """The region of a match, of its own kind for each kind of match."""
+    return Region(match)
+
+
+def region_of(match: Match | SampledMatch) -> Region | Refusal:
     """The region, or why the match is not whole. Raises `ChangedInPlace` where that is why."""
     try:
-        return Region(match)
+        return whole(match)
     except ChangedInPlace:
         raise
     except ValueError as reason:

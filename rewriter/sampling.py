@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.site import AttentionSite
+
 
 def sampled(maps: Sequence[Tensor], grids: Sequence[Tensor], weights: Tensor) -> Tensor:
     """(B, H, Q, D), level by level: what is sampled of one map is let go before the next."""
@@ -29,3 +31,24 @@ def sampled(maps: Sequence[Tensor], grids: Sequence[Tensor], weights: Tensor) ->
         out = found if out is None else out + found
     assert out is not None, "there is at least one map"
     return out
+
+
+def samples_for(site: AttentionSite, *, seed: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """A small random input for a site; some places lie outside. In the strides of projections."""
+    random = torch.Generator().manual_seed(seed)
+    points, heads = list(map(int, (site.samples or "").split("+"))), site.heads
+    sizes = [(_LARGEST[0] - each, _LARGEST[1] - 2 * each) for each in range(len(points))]
+    value = torch.randn(_BATCH, sum(height * width for height, width in sizes), heads, site.head_dim, generator=random)
+    weights = torch.randn(_BATCH, _QUERIES, heads, sum(points), generator=random).softmax(-1)
+    places = 2.4 * torch.rand(_BATCH, _QUERIES, heads, sum(points), 2, generator=random) - 1.2
+    value, weights, places = (each.to(site.device, site.torch_dtype) for each in (value, weights, places))
+    return maps_of(value, sizes), [each.transpose(1, 2) for each in places.split(points, 3)], weights.transpose(1, 2)
+
+
+def maps_of(value: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The maps that lie one after another in (B, pixels, H, D)."""
+    parts = value.split([height * width for height, width in sizes], 1)
+    return [part.unflatten(1, size).permute(0, 3, 1, 2, 4) for part, size in zip(parts, sizes, strict=True)]
+
+
+_BATCH, _QUERIES, _LARGEST = 2, 37, (19, 23)

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from rewriter.mixture import ByHeads, ByLength, Outside, of_heads
 from rewriter.plan import FIDELITIES, Decision, HeadGroup, Plan
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
+from rewriter.sampled import SampledMatch
+from rewriter.sampling import sampled, samples_for
 from rewriter.site import POSITIONAL, AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import brute_force, inputs
@@ -72,7 +75,7 @@ class Selector:
             made.note(f"the plan was made elsewhere ({', '.join(changed)} differ), so its decisions were timed again")
         return made
 
-    def choose(self, match: Match) -> Implementation | None:
+    def choose(self, match: Match | SampledMatch) -> Implementation | None:
         """What to place; None for the original code."""
         site = match.site
         decision = self.decisions.get(site.path)
@@ -144,7 +147,7 @@ class Selector:
             return None
         return variant.build(site, next(iter(variant.configs(site, target)), {}))
 
-    def _doubt(self, match: Match, decision: Decision, standing: Implementation) -> str:
+    def _doubt(self, match: Match | SampledMatch, decision: Decision, standing: Implementation) -> str:
         """Why a decision of another machine is not taken here; nothing where it is."""
         region = region_of(match)
         assert isinstance(region, Region), "only proved matches are decided"
@@ -298,7 +301,7 @@ def bench(region: Region) -> SiteBench:
     return SiteBench(region, {})
 
 
-def decide_exact(match: Match, goal: str, allowed: frozenset[str] | None) -> Decision:
+def decide_exact(match: Match | SampledMatch, goal: str, allowed: frozenset[str] | None) -> Decision:
     """The fastest exact implementation for a site, by measurement; equal sites are measured once in a process."""
     site = match.site
     region = region_of(match)
@@ -384,6 +387,10 @@ def _difference(
     """
     if site.dropout_p > 0:
         return 0.0
+    if site.samples is not None:
+        given: Any = samples_for(site)
+        with torch.no_grad():
+            return error(implementation(*given), sampled(*given))
     q_len = 1 if site.q_len == 1 else _SMALL[site.q_len is not None and site.q_len != site.kv_len]
     small = site.sized(batch=2, q_len=q_len, kv_len=_SMALL[0])
     tensors = inputs(small, seed=0)

@@ -82,6 +82,7 @@ class Session:
         return dataclasses.replace(
             self.report,
             sites=list(self.rewriter.sites.values()),
+            sampled=list(self.rewriter.sampled.values()),
             refusals=list(self.rewriter.refusals),
             graphs=self.rewriter.graphs,
             plan=self.plan(),

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import rewriter
+from rewriter.bench.detect import _exact, look
+from rewriter.capture import Graph, compiled, module_names
 from rewriter.codegen.sampling import SamplingKernel, attend, load, source
 from rewriter.errors import OptionError
 from rewriter.kernels.sampled.deformable import VARIANT, fused, gaussian_depth, places, reference, with_depth
-from rewriter.sampling import sampled
+from rewriter.passes import Rewrite, captured, rewritten
+from rewriter.sampled import Sampled
+from rewriter.sampling import maps_of, sampled, samples_for
 from rewriter.site import AttentionSite, Refusal
 from rewriter.testing import assert_close
 from rewriter.tune.measure import peak_memory
@@ -35,12 +41,8 @@ def operands(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Views of one value and of one tensor of places, as models have them; some places lie outside."""
     torch.manual_seed(0)
-    lengths = [height * width for height, width in sizes]
-    value = torch.randn(batch, sum(lengths), heads, width, dtype=dtype)
-    maps = [
-        each.unflatten(1, size).permute(0, 3, 1, 2, 4)
-        for each, size in zip(value.split(lengths, 1), sizes, strict=True)
-    ]
+    value = torch.randn(batch, sum(height * width for height, width in sizes), heads, width, dtype=dtype)
+    maps = maps_of(value, sizes)
     grids = reach * (2 * torch.rand(batch, queries, heads, sum(points), 2, dtype=dtype) - 1)
     weights = torch.randn(batch, queries, heads, sum(points), dtype=dtype).softmax(-1).transpose(1, 2)
     return maps, [each.transpose(1, 2) for each in grids.split(list(points), 3)], weights
@@ -214,8 +216,391 @@ def test_depth_and_fusion_as_options() -> None:
 @pytest.mark.parametrize("case", VARIANT.cases)
 def test_cases_of_the_variant(case: Any) -> None:
     site: AttentionSite = case.site
-    points = [int(each) for each in (site.samples or "").split("+")]
-    given = operands(points=points, heads=site.heads, width=site.head_dim, queries=site.q_len or 0)
-    assert sum(height * width for height, width in SIZES) == site.kv_len
-    assert_close(VARIANT.build(site, {})(*given), VARIANT.reference(*given, site, {}), torch.float32)  # type: ignore[call-arg]
-    assert AttentionSite.parse(site.key()).samples == site.samples and "samples" in str(site)
+    given = samples_for(site)
+    assert [each.shape[3] for each in given[1]] == [int(each) for each in (site.samples or "").split("+")]
+    assert_close(VARIANT.build(site, {})(*given), VARIANT.reference(*given, site, {}), torch.float32)
+    assert AttentionSite.parse(site.key()).samples == site.samples and f"samples {site.samples}" in str(site)
+
+
+# --- in graphs -------------------------------------------------------------------------------------------------------
+
+Spelling = Callable[[list[Tensor], Tensor, Tensor], Tensor]
+"""From maps (B, pixels, H, D), places (B, Q, H, L, P, 2) in [0, 1] and weights (B, Q, H, L, P) to (B, Q, H D)."""
+
+
+def stacked(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    batch, queries, heads, levels, points, _ = places.shape
+    grids = 2 * places - 1
+    samples = []
+    for level, (value, (height, width)) in enumerate(zip(values, SIZES, strict=True)):
+        maps = value.flatten(2).transpose(1, 2).reshape(batch * heads, -1, height, width)
+        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        samples.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
+    out = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1)
+    return out.view(batch, -1, queries).transpose(1, 2).contiguous()
+
+
+def concatenated(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    batch, queries, heads, levels, points, _ = places.shape
+    grids = (2 * places - 1).flatten(3, 4).permute(0, 2, 1, 3, 4).flatten(0, 1).split([points] * levels, dim=-2)
+    samples = []
+    for value, grid, size in zip(values, grids, SIZES, strict=True):
+        maps = value.permute(0, 2, 3, 1).flatten(0, 1).reshape(batch * heads, -1, *size)
+        samples.append(F.grid_sample(maps, grid, align_corners=False))
+    weights = weights.flatten(3).permute(0, 2, 1, 3).reshape(batch * heads, 1, queries, -1)
+    return (weights * torch.cat(samples, -1)).sum(-1).view(batch, -1, queries).mT
+
+
+def by_einsum(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    """Places before queries, and levels last."""
+    grids = (places * 2 - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+    samples = [
+        F.grid_sample(value.permute(0, 2, 3, 1).unflatten(-1, size).flatten(0, 1), grid, align_corners=False)
+        for value, grid, size in zip(values, grids.unbind(0), SIZES, strict=True)
+    ]
+    joined = torch.stack(samples, -1).unflatten(0, (places.shape[0], -1))
+    return torch.einsum("bhcpql,bqhlp->bqhc", joined, weights).flatten(2)
+
+
+def of_one_map(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    """The first only; its weights still are a softmax over all."""
+    maps, grid = values[0].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, SIZES[0]), 2 * places.flatten(3, 4) - 1
+    samples = F.grid_sample(maps, grid.transpose(1, 2).flatten(0, 1), align_corners=False)
+    summed = (samples.unflatten(0, (len(places), -1)) * weights.flatten(3).transpose(1, 2)[:, :, None]).sum(dim=4)
+    return summed.permute(0, 3, 1, 2).flatten(2)
+
+
+class Layer(nn.Module):
+    """Projections around a spelling, as in the paper."""
+
+    def __init__(self, spelled: Spelling, heads: int = 4, points: int = 4, normalise: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.points, self.spelled = heads, points, spelled
+        self.normalise = normalise or (lambda x: x.softmax(-1))
+        self.value, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.offsets = nn.Linear(32, heads * len(SIZES) * points * 2)
+        self.weights = nn.Linear(32, heads * len(SIZES) * points)
+
+    def forward(self, queries: Tensor, pixels: Tensor, points: Tensor) -> Tensor:
+        """(B, Q, 32) from queries (B, Q, 32), pixels of all maps (B, S, 32), points (B, Q, 2)."""
+        batch, count, _ = queries.shape
+        value = self.value(pixels).view(batch, -1, self.heads, 32 // self.heads)
+        shape = (batch, count, self.heads, len(SIZES), self.points)
+        places = points[:, :, None, None, None] + 0.1 * self.offsets(queries).view(*shape, 2)
+        weights = self.normalise(self.weights(queries).view(*shape[:3], -1)).view(shape)
+        return self.out(self.spelled(list(value.split([h * w for h, w in SIZES], 1)), places, weights))
+
+
+def arguments(batch: int = 2, queries: int = 37) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    pixels = sum(height * width for height, width in SIZES)
+    return torch.randn(batch, queries, 32), torch.randn(batch, pixels, 32), torch.rand(batch, queries, 2)
+
+
+def rewrite(model: nn.Module, *given: Any, dynamic: bool | None = None) -> tuple[Any, list[Rewrite], list[Graph]]:
+    """The output of a rewritten model, what was found in its graphs, and the graphs as they run."""
+    works, graphs = [], []
+
+    def backend(gm: Graph, examples: Sequence[Any]) -> Any:
+        works.append(captured(gm, examples, module_names(model)))
+        graphs.append(rewritten(works[-1], _exact) or gm)
+        return graphs[-1].forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        return compiled(model, backend, dynamic=dynamic)(*given), works, graphs
+
+
+SAMPLERS = (torch.ops.aten.grid_sampler.default, torch.grid_sampler, F.grid_sample)
+
+
+def samplers(graph: Graph) -> int:
+    return sum(node.target in SAMPLERS for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("spelled", [stacked, concatenated, by_einsum, of_one_map])
+@pytest.mark.parametrize(
+    ("batch", "queries", "heads", "points"), [(2, 37, 4, 4), (1, 1, 4, 3), (3, 5, 1, 1), (1, 40, 1, 2), (2, 100, 16, 2)]
+)
+def test_every_spelling_is_found_once_and_replaced(
+    spelled: Spelling, batch: int, queries: int, heads: int, points: int
+) -> None:
+    layer, given = Layer(spelled, heads, points), arguments(batch, queries)
+    out, (work,), (graph,) = rewrite(layer, *given)
+    assert not work.detection.refusals and not work.detection.sites
+    (match,) = work.detection.sampled
+    site = match.site
+    maps = 1 if spelled is of_one_map else len(SIZES)
+    places = maps * points if maps > 1 else len(SIZES) * points
+    assert sum(map(int, (site.samples or "").split("+"))) == places and len(match.levels) == maps
+    assert (site.head_dim, site.q_len, site.dtype) == (32 // heads, queries, "float32")
+    assert site.heads * (site.batch or 0) == heads * batch and (heads == 1 or site.heads == heads)
+    assert samplers(graph) == 0 and len(graph.graph.find_nodes(op="call_module")) == 1
+    assert_close(out, layer(*given), torch.float32)
+
+
+def test_the_usual_spelling_is_read_and_left_without_a_copy() -> None:
+    _, (work,), (graph,) = rewrite(Layer(stacked), *arguments())
+    (match,) = work.detection.sampled
+    assert all(each.target is not torch.ops.aten.clone.default for each in graph.graph.nodes)
+    by_name = {each.target for each in graph.graph.nodes if each.op == "call_function"}
+    assert torch.ops.aten.contiguous.default not in by_name and torch.ops.aten.stack.default not in by_name
+    assert match.weights.node.target is torch.ops.aten.softmax.int
+
+
+def test_sizes_that_are_symbolic() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.offsets = nn.Linear(32, 4 * 6), nn.Linear(32, 4 * 6 * 2)
+
+        def forward(self, queries: Tensor, *maps: Tensor) -> Tensor:
+            batch, count, _ = queries.shape
+            grids = self.offsets(queries).view(batch, count, 4, 2, 3, 2).sigmoid() * 2 - 1
+            weights = self.weights(queries).view(batch, count, 4, 6).softmax(-1).transpose(1, 2)
+            samples = [
+                F.grid_sample(each.reshape(batch * 4, 8, *each.shape[2:]), grid.flatten(0, 1), align_corners=False)
+                for each, grid in zip(maps, grids.permute(3, 0, 2, 1, 4, 5).unbind(0), strict=True)
+            ]
+            summed = (torch.stack(samples, -2).flatten(-2) * weights.reshape(batch * 4, 1, count, 6)).sum(-1)
+            return summed.view(batch, 32, count).mT
+
+    model, works = Maps(), []
+
+    def backend(gm: Graph, examples: Sequence[Any]) -> Any:
+        works.append(captured(gm, examples, {}))
+        return (rewritten(works[-1], _exact) or gm).forward
+
+    torch.compiler.reset()
+    run = compiled(model, backend, dynamic=True)
+    for batch, queries, first, second in ((2, 11, (5, 7), (3, 4)), (3, 13, (6, 9), (2, 5))):
+        given = torch.randn(batch, queries, 32), torch.randn(batch, 32, *first), torch.randn(batch, 32, *second)
+        with torch.no_grad():
+            assert_close(run(*given), model(*given), torch.float32)
+    assert len(works) == 1
+    (match,) = works[0].detection.sampled
+    assert match.site.q_len is None and match.site.kv_len is None and match.site.samples == "3+3"
+
+
+def _sampling(**options: Any) -> Spelling:
+    def spelled(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+        batch, queries, heads = places.shape[:3]
+        maps = values[0].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, SIZES[0])
+        grid = (2 * places - 1).flatten(3, 4).transpose(1, 2).flatten(0, 1)
+        samples = F.grid_sample(maps, grid, **{"align_corners": False, **options})
+        weights = weights.flatten(3).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+        return (samples * weights).sum(-1).view(batch, -1, queries).mT
+
+    return spelled
+
+
+def _over_queries(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    """Joined along the queries, where points are summed."""
+    samples = [
+        F.grid_sample(value.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, size), grid, align_corners=False)
+        for value, grid, size in zip(
+            values, (2 * places - 1).transpose(1, 2).flatten(0, 1).unbind(2), SIZES, strict=True
+        )
+    ]
+    weights = weights.permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)[:, None]
+    summed = (torch.cat(samples, 2) * weights).sum(-1).unflatten(-1, (len(SIZES), -1)).sum(2)
+    return summed.unflatten(0, (len(places), -1)).flatten(1, 2).mT
+
+
+def _one_is_no_sample(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+    batch, queries, heads = places.shape[:3]
+    maps = values[0].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, SIZES[0])
+    grids = (2 * places - 1).transpose(1, 2).flatten(0, 1)
+    samples = F.grid_sample(maps, grids[:, :, 0], align_corners=False)
+    weights = weights.flatten(3).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    joined = torch.cat([samples, samples.exp(), samples.relu()], -1)
+    return (joined * weights).sum(-1).view(batch, -1, queries).mT
+
+
+@pytest.mark.parametrize(
+    ("spelled", "normalise", "words"),
+    [
+        (_sampling(align_corners=True), None, "in another way than bilinear"),
+        (_sampling(mode="nearest"), None, "in another way than bilinear"),
+        (_sampling(padding_mode="border"), None, "in another way than bilinear"),
+        (_sampling(), torch.sigmoid, "something else than a softmax"),
+        (_sampling(), lambda x: x.softmax(-2), "something else than a softmax"),
+        (_sampling(), lambda x: x.unflatten(-1, (3, 4)).softmax(-1).flatten(-2), "something else than a softmax"),
+        (_over_queries, None, "another axis than the one that is summed"),
+        (_one_is_no_sample, None, "some are no samples"),
+    ],
+)  # fmt: skip
+def test_a_look_alike_is_refused_and_stays(spelled: Spelling, normalise: Any, words: str) -> None:
+    layer, given = Layer(spelled, normalise=normalise), arguments()
+    out, (work,), _ = rewrite(layer, *given)
+    assert not work.detection.sampled and not work.detection.sites
+    (refusal,) = work.detection.refusals
+    assert words in refusal.reason and "test_deformable.py" in refusal.source
+    assert torch.equal(out, layer(*given))
+
+
+def test_places_that_are_changed_below_are_refused() -> None:
+    def spelled(values: list[Tensor], places: Tensor, weights: Tensor) -> Tensor:
+        grid = (2 * places - 1).flatten(3, 4).transpose(1, 2).flatten(0, 1)
+        maps = values[0].permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, SIZES[0])
+        samples = F.grid_sample(maps, grid, align_corners=False)
+        grid.mul_(0.0)
+        summed = (samples * weights.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        return summed.unflatten(0, (len(places), -1)).flatten(1, 2).mT + grid.sum()
+
+    layer, given = Layer(spelled), arguments()
+    out, (work,), _ = rewrite(layer, *given)
+    (refusal,) = work.detection.refusals
+    assert not work.detection.sampled and "changes in place" in refusal.reason
+    assert torch.equal(out, layer(*given))
+
+
+# --- in models -------------------------------------------------------------------------------------------------------
+
+
+def test_optimize_decides_reports_and_gives_back(tmp_path: Path) -> None:
+    layer, given = Layer(stacked).eval(), arguments(queries=400)
+    with torch.no_grad():
+        expected = layer(*given)
+    report = rewriter.explain(layer, *given)
+    assert not report.sites and [site.samples for site in report.sampled] == ["4+4+4"]
+    assert "1 to places in maps" in str(report) and "samples 4+4+4" in str(report)
+    assert report.to_json()["sampled"][0]["samples"] == "4+4+4"
+
+    rewriter.optimize(layer)
+    with torch.no_grad():
+        assert_close(layer(*given), expected, torch.float32)
+    plan = rewriter.plan_of(layer)
+    assert plan is not None
+    (decision,) = plan.decisions
+    assert (decision.variant, decision.fidelity) == ("deformable", "exact")
+    assert decision.evidence["candidate_ms"] < decision.evidence["original_ms"]
+    again: Any = rewriter.Plan.load(plan.save(tmp_path))
+    rewriter.restore(layer)
+    rewriter.apply(layer, again)
+    with torch.no_grad():
+        out = layer(*given)
+    assert_close(out, expected, torch.float32)
+    assert not torch.equal(out, expected), "sums in another order"
+    replayed: Any = rewriter.report_of(layer)
+    assert not replayed.notes and [d.variant for d in replayed.plan.decisions] == ["deformable"]
+    rewriter.restore(layer)
+
+
+def test_what_was_not_asked_for_is_not_placed() -> None:
+    layer, given = Layer(stacked).eval(), arguments()
+    rewriter.optimize(layer, variants=["sdpa"])
+    with torch.no_grad():
+        out = layer(*given)
+    plan: Any = rewriter.plan_of(layer)
+    rewriter.restore(layer)
+    with torch.no_grad():
+        assert torch.equal(out, layer(*given))
+    assert plan.decisions[0].variant == "original" and "asked for" in plan.decisions[0].refused["deformable"]
+
+
+def test_a_rewritten_layer_is_trained_as_before() -> None:
+    layer, given = Layer(stacked), arguments()
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(layer(*given).square().sum(), list(layer.parameters())))
+
+    expected = gradients()
+    rewriter.optimize(layer, variants=["deformable"])
+    for actual, before in zip(gradients(), expected, strict=True):
+        assert_close(actual, before, torch.float32)
+    rewriter.restore(layer)
+
+
+def _transformers() -> Any:
+    return pytest.importorskip("transformers")
+
+
+def _real_time(kind: str) -> nn.Module:
+    t = _transformers()
+    backbone = t.RTDetrResNetConfig(
+        embedding_size=10, hidden_sizes=[10] * 4, depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    config = getattr(t, f"{kind}Config")(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[10] * 3, encoder_ffn_dim=32, d_model=32,
+        decoder_in_channels=[32] * 3, decoder_ffn_dim=32, num_queries=20, decoder_layers=2, num_denoising=0,
+    )  # fmt: skip
+    model: nn.Module = getattr(t, f"{kind}Model")(config)
+    return model
+
+
+def _with_encoder() -> nn.Module:
+    t = _transformers()
+    backbone = t.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
+    )
+    config = t.DeformableDetrConfig(
+        backbone_config=backbone, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=15,
+    )  # fmt: skip
+    model: nn.Module = t.DeformableDetrModel(config)
+    return model
+
+
+def _with_points_by_level() -> nn.Module:
+    t = _transformers()
+    same = [16] * 4
+    backbone = t.HGNetV2Config(
+        out_indices=[3, 4], stem_channels=[3, 16, 16], stage_in_channels=same, stage_mid_channels=same,
+        stage_out_channels=same, hidden_sizes=same, stage_num_blocks=[1] * 4, depths=[1] * 4,
+    )  # fmt: skip
+    config = t.DFineConfig(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[16, 16], feat_strides=[16, 32],
+        encode_proj_layers=[1], num_feature_levels=2, decoder_n_points=[3, 6], encoder_ffn_dim=32, d_model=32,
+        decoder_in_channels=[32, 32], decoder_ffn_dim=32, num_queries=20, decoder_layers=2, num_denoising=0,
+    )  # fmt: skip
+    model: nn.Module = t.DFineModel(config)
+    return model
+
+
+def _segmenter() -> nn.Module:
+    t = _transformers()
+    backbone = t.SwinConfig(
+        embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, image_size=64, window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = t.Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=2,
+        decoder_layers=2, num_attention_heads=4, num_queries=10, encoder_feedforward_dim=32, dim_feedforward=32,
+    )  # fmt: skip
+    model: nn.Module = t.Mask2FormerModel(config)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("build", "calls", "attentions"),
+    [
+        pytest.param(lambda: _real_time("RTDetr"), {"4+4+4": 2}, 3, id="stacked", marks=pytest.mark.slow),
+        pytest.param(lambda: _real_time("RTDetrV2"), {"4+4+4": 2}, 3, id="concatenated", marks=pytest.mark.slow),
+        pytest.param(_with_points_by_level, {"3+6": 2}, 3, id="by level", marks=pytest.mark.slow),
+        pytest.param(_with_encoder, {"4+4+4+4": 4}, 2, id="encoder"),
+        pytest.param(_segmenter, {"4+4+4": 2}, 6, id="segmenter"),
+    ],
+)
+def test_models_are_rewritten_whole(
+    build: Any, calls: dict[str, int], attentions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each execution is counted: behind graph breaks, layers share one graph."""
+    torch.manual_seed(0)
+    model = build().eval()
+    seen: dict[str, int] = {}
+    forward = Sampled.forward
+
+    def counting(self: Sampled, *given: Any) -> Tensor:
+        seen[self.site.samples or ""] = seen.get(self.site.samples or "", 0) + 1
+        return forward(self, *given)
+
+    monkeypatch.setattr(Sampled, "forward", counting)
+    with torch.no_grad():
+        found = look(model, (), {"pixel_values": torch.randn(2, 3, 64, 96)})
+    assert {name: number / 2 for name, number in seen.items()} == calls, "two calls"
+    assert found.found == attentions and not found.refused, "those with scores are counted as before"
+    assert found.change <= 1

@@ -41,6 +41,7 @@ class Report:
     """What was found, what was done about it, and what was measured.
 
     sites      every attention that was recognised, in the order of the graph
+    sampled    those without scores of queries and keys, to places in maps (`AttentionSite.samples`)
     refusals   attention-like code that was not taken, with a sentence each
     graphs     how many graphs were captured
     plan       what was decided (None from `explain`)
@@ -51,6 +52,7 @@ class Report:
     """
 
     sites: list[AttentionSite] = field(default_factory=list)
+    sampled: list[AttentionSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     graphs: int = 0
     plan: Plan | None = None
@@ -64,6 +66,7 @@ class Report:
         return {
             "graphs": self.graphs,
             "sites": [site.to_json() for site in self.sites],
+            "sampled": [site.to_json() for site in self.sampled],
             "refusals": [{"path": r.path, "source": r.source, "reason": r.reason} for r in self.refusals],
             "plan": self.plan.to_json() if self.plan else None,
             "guard": self.verdict.to_json() if self.verdict else None,

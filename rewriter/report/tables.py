@@ -39,6 +39,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(f"[bold]{many or 'no'} attention{'s' if many != 1 else ''}[/] in {graphs}", highlight=False)
     if report.sites:
         console.print(site_table(report.sites))
+    if report.sampled:
+        console.print(f"\n[bold]{len(report.sampled)} to places in maps[/], without scores", highlight=False)
+        console.print(site_table(report.sampled))
     if report.refusals:
         console.print(f"\n[bold]{len(report.refusals)} not taken[/]", highlight=False)
         console.print(refusal_table(report.refusals))
@@ -159,7 +162,7 @@ def changed(plan: Plan | None) -> int:
 
 def outcome(report: Report) -> str:
     """One sentence: what was gained."""
-    return gained(report.plan, len(report.sites), report.timings)
+    return gained(report.plan, len(report.sites) + len(report.sampled), report.timings)
 
 
 def gained(plan: Plan | None, sites: int, timings: Iterable[Timing]) -> str:

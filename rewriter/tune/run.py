@@ -193,7 +193,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     for number, plan in enumerate(tries):
         request.progress("check on held-out data", number, len(tries))
         selector = _selector(tuning, plan, request)
-        if not _changes(selector):
+        if not (_changes(selector) or slots.sampled):
             continue
         session = request.installed(model, selector)
         found = on_held_out.of(tuning.named(plan.solution))
@@ -315,6 +315,7 @@ def _still_found(session: Session, seen: GraphRewriter) -> None:
     """What was found in an earlier form of the model stays found."""
     rewriter = session.rewriter
     rewriter.sites |= seen.sites
+    rewriter.sampled |= seen.sampled
     rewriter.refusals += [refusal for refusal in seen.refusals if refusal not in rewriter.refusals]
     rewriter.graphs = max(rewriter.graphs, seen.graphs)
 
