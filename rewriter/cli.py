@@ -83,7 +83,7 @@ def explain(
         args, kwargs = loaded.example
         report = rewriter.explain(loaded.model, *args, **kwargs)
     report.notes[:0] = loaded.notes
-    found = candidates(report.sites)
+    found = candidates([*report.sites, *report.sampled])
     if not as_json:
         out = stdout()
         print_report(report, out)

@@ -264,7 +264,7 @@ def candidates(
     found: list[tuple[Variant, Config]] = []
     refused: dict[str, str] = {}
     for name, variant in variants().items():
-        if name == ORIGINAL:
+        if name == ORIGINAL or not variant.concerns(site):
             continue
         if allowed is not None and name not in allowed:
             refused[name] = "not among the variants asked for"

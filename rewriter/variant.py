@@ -84,6 +84,10 @@ class Variant:
     elements: frozenset[str] = frozenset()
     formula: Callable[[AttentionSite, Config], Formula | LinearFormula] | None = None
 
+    def concerns(self, site: AttentionSite) -> bool:
+        """Is it for attention of this kind: with scores, or to places in maps?"""
+        return ("samples" in self.elements) == (site.samples is not None)
+
     def takes(self, site: AttentionSite, target: Target) -> bool | Refusal:
         """Does it apply here, and does it compute all that the scores go through?"""
         if site.edits and self.name != ORIGINAL:

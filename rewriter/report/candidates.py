@@ -34,7 +34,7 @@ def candidates(sites: Iterable[AttentionSite]) -> list[Candidate]:
         site, paths = group[0], joined([each.path for each in group])
         target = Target.current(site.device)
         for name, variant in variants().items():
-            if name != ORIGINAL:
+            if name != ORIGINAL and variant.concerns(site):
                 answer = variant.takes(site, target)
                 reason = "" if answer else getattr(answer, "reason", "it does not apply here")
                 found.append(Candidate(paths, name, variant.fidelity, bool(answer), reason))
