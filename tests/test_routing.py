@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import rewriter
 from rewriter.kernels.sparse.routing import VARIANT, Routing
 from rewriter.raising import Operands
 from rewriter.recover import fit
@@ -224,3 +229,113 @@ def test_centroids_are_found_in_data(mask: Mask, window: int, shared: bool) -> N
     third.load_state_dict(module.state_dict())
     given, _ = clustered(site, 3)
     assert torch.equal(third(*given.given), module(*given.given))
+
+
+class Net(nn.Module):
+    """One causal attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inward(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.outward(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_centroids_live_in_the_model_and_its_plan(inner: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 40, 32)
+    fresh = copy.deepcopy(model)
+    exact = rewriter.plan_of(rewriter.optimize(copy.deepcopy(model), example=x))
+    assert exact is not None
+    config: Config = {"clusters": 3, "window": 8, "causal": "past", "shared": True}
+    routed = [replace(each, variant="routing", fidelity="learned", config=config) for each in exact.decisions]
+    rewriter.apply(model, replace(exact, decisions=tuple(routed)), inner=inner)
+    (name,) = [name for name in model.state_dict() if name.startswith("rewriter.")]
+    before, frozen = model.get_buffer(name).clone(), model(x)
+    assert not torch.allclose(frozen, fresh(x), atol=1e-3)
+    assert torch.equal(model.get_buffer(name), before)
+    model.train()
+    out = model(x)
+    out.square().mean().backward()
+    assert_close(out, frozen, torch.float32)
+    assert model.inward.weight.grad is not None and model.inward.weight.grad.abs().max() > 0
+    moved = model.get_buffer(name).clone()
+    assert 0 < (moved - before).abs().max() < 0.01 if inner == "eager" else torch.equal(moved, before)
+    model.eval()
+    plan = rewriter.plan_of(model)
+    assert plan is not None
+    plan.save(tmp_path)
+    rewriter.apply(fresh, rewriter.Plan.load(tmp_path))
+    assert torch.equal(fresh.get_buffer(name), moved)
+    assert_close(fresh(x), model(x), torch.float32)
+
+
+def spread(shift: float, *shape: int) -> Tensor:
+    """Numbers without order, each token's mean 0, so that the package's directions, which keep the mean, are ours."""
+    x = ((torch.arange(torch.Size(shape).numel()).double() + 1) * 12.9898 + shift).sin() * 437.585
+    x = ((x - x.floor()) * 4 - 2).view(shape)
+    return (x - x.mean(-1, keepdim=True)).float()
+
+
+PUBLISHED = {
+    "none": [
+        [-0.1116, -0.179, -0.1473, 0.4378], [0.3839, -0.2428, -0.7091, 0.5681], [-0.1536, -0.4314, 0.2033, 0.3817],
+        [-0.401, -0.0251, -0.142, 0.5681], [0.5202, -0.4121, -0.781, 0.6729], [0.0, 0.0, 0.0, 0.0],
+        [-0.3237, -0.0319, -0.3859, 0.7415], [0.0, 0.0, 0.0, 0.0], [0.0273, -0.1721, -0.515, 0.6597],
+        [-1.2044, 1.2315, 0.9246, -0.9517], [-0.5118, -0.1164, 0.9002, -0.272], [-0.1462, -0.1686, 0.8064, -0.4916],
+        [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-0.0545, 0.2298, 0.5961, -0.7713],
+        [0.0, 0.0, 0.0, 0.0], [-0.1381, -0.8178, 1.0447, -0.0889], [0.0, 0.0, 0.0, 0.0],
+    ],
+    "position": [
+        [-0.3337, -0.2247, 0.1204, 0.438], [0.1193, -0.1951, -0.5947, 0.6704], [-0.2441, -0.197, -0.0878, 0.5289],
+        [-0.7885, 0.2575, -0.946, 1.4769], [-1.0739, 0.3514, -0.061, 0.7835], [0.0, 0.0, 0.0, 0.0],
+        [-0.6209, 0.1981, -0.3832, 0.806], [0.0, 0.0, 0.0, 0.0], [0.0273, -0.1721, -0.515, 0.6597],
+        [-0.0349, -0.7241, 0.8696, -0.1107], [-0.0042, -0.5738, 0.8493, -0.2713], [-0.0103, -0.1766, 0.6631, -0.4762],
+        [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0084, 0.1434, 0.5725, -0.7242],
+        [0.0, 0.0, 0.0, 0.0], [-0.1381, -0.8178, 1.0447, -0.0889], [0.0, 0.0, 0.0, 0.0],
+    ],
+}  # fmt: skip
+"""What routing-transformer 1.6.1 gives (PyPI, `KmeansAttention(3, 4, 2, 4)` without memories), to four digits."""
+MOVED = [
+    [-0.154741, -0.750209, 0.495913, 0.409037], [0.27828, -0.532068, -0.424132, 0.67792],
+    [-0.598359, -0.223295, 0.767583, 0.054071], [-0.242989, 0.862961, -0.264864, -0.355108],
+    [0.316035, 0.540955, -0.775103, -0.081887], [0.507405, 0.48359, -0.589427, -0.401568],
+]  # fmt: skip
+"""Its centroids after one step of training, made as long as one."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("causal", "mask"), [("none", Full()), ("position", Causal())])
+def test_it_is_what_the_package_computes(causal: str, mask: Mask) -> None:
+    site = replace(SITE, heads=2, head_dim=4, v_head_dim=4, scale=0.5, mask=mask)
+    module = built(site, causal, shared=False, clusters=3, window=4)
+    module.centroids.copy_(F.normalize(spread(4.0, 2, 3, 4), dim=-1))
+    given = [spread(shift, 1, 2, 9, 4) for shift in (1.0, 2.0, 3.0)]
+    difference = (module.train()(*given, None, None) - torch.tensor(PUBLISHED[causal]).view(1, 2, 9, 4)).abs().amax(-1)
+    assert_close(module.centroids, torch.tensor(MOVED).view(2, 3, 4), torch.float32)
+    if causal == "position":  # it averages in clusters in which a query sees no key, as if it saw all
+        assert (difference[0, 0, :3] > 0.2).all()
+        difference[0, 0, :3] = 0
+    assert difference.max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("causal", "mask", "share"), [("past", Causal(), 0.2), ("none", Full(), 0.08)], ids=str)
+def test_work_is_that_of_the_clusters(causal: str, mask: Mask, share: float) -> None:
+    """Of what a dense attention computes of 2048 keys, 16 clusters of up to 128 need a sixteenth; tiles are whole."""
+    site = replace(SITE, v_head_dim=8, mask=mask, batch=1, q_len=2048, kv_len=2048)
+    module = built(site, causal, shared=True, clusters=16, window=128)
+    given = inputs(site, seed=8)
+
+    def pairs(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+        return int(query[0] * query[1] * query[2] * key[2])
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused: pairs}) as counter:
+        module(*given)
+    counted = counter.get_flop_counts()["Global"][fused]
+    assert 0 < counted < share * 4 * 2048 * 2048

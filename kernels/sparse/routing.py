@@ -1,29 +1,29 @@
-"""Attention inside clusters of tokens: Routing Transformer (Roy et al. 2021, arXiv:2003.05997, sections 4.1 and 4.2).
+"""Attention inside clusters of tokens: Routing Transformer (Roy et al. 2021, arXiv:2003.05997).
 
     u(x) = (x - mean x) / |x - mean x|                         layer norm without scale, on the unit sphere
     mu(x) = argmax_c mu_c . u(x)                               the nearest of C centroids of the key head
     out_i = sum_{j in S_i} softmax_j(scale q_i . k_j) v_j
 
-"none", "position" and "rank" are the balanced clusters of section 4.1: cluster c holds the `window` queries and the
-`window` keys nearest to mu_c, attention is within each, and a query in several is their mean, in none 0 ("none" for
-sites that are not causal). "position" hides keys that stand after a query; "rank" is the triangle that the published
-code lays over the sorted list, right only where queries and keys are the same tokens: else IT SHOWS THE FUTURE. Both
-let later tokens decide who is in a cluster at all, so that a step of decoding differs from the whole sequence.
+"none" (for sites that are not causal), "position" and "rank" are the paper's clusters of equal size: cluster c holds
+the `window` queries and the `window` keys nearest to mu_c, attention is inside each, and a query in several gets their
+mean, in none 0. "position" hides keys that stand after a query; "rank" is the triangle that the published code lays
+over the sorted list, right only where queries and keys are the same tokens: else IT SHOWS THE FUTURE. Both let later
+tokens decide who is in a cluster at all, so that a step of decoding differs from the same place of a whole sequence.
 
-"past", the default where a site is causal, does neither. It is equation 7 as it stands: S_i are the keys of cluster
-mu(q_i) that stand at or before i, counted in blocks of window / 2 from the first; seen are the block where i is and the
-one before, up to `window` keys. A cache is routed anew in each step and gives the same. Calls of one query are of this
-form always.
+"past", the default where a site is causal, does neither. S_i are the keys with mu(k_j) = mu(q_i) that stand at or
+before i, counted in blocks of window / 2 from the first; seen are the last block and the one before, up to `window`
+keys. A cache is routed anew in each step and gives the same. A call of one query is always of this form.
 
 `shared`: a token is routed once, by its key, and its query goes along, as where the paper sets k := q; else q and k are
 routed each by itself, and a query may find no key. Of grouped queries the centroids are those of their key head. Exact
 with C = 1 and a window over all tokens. Deviations: the scores keep the site's scale, which the published code loses,
 and the mean over clusters is no sum / (n + 0.01). Padding is in no cluster, but "past" routes its queries.
 
-Centroids are buffers, in training moved by the mean direction of their tokens with decay 0.999, in eval frozen, which
-they are as built; `start` finds them by spherical k-means. The choice is a constant to gradients and made in float64,
-so that it does not depend on the order of a sum. Work: N C d for the choice and N window d; memory: some copies of the
-operands, C * window long. Kernels are not generated: theirs see keys where they lie, and here each call sorts them.
+Centroids are buffers, in training moved by the mean direction of their tokens with decay 0.999, frozen in eval, as they
+are built, and in graphs of other compilers, which know no mode. `start` finds them by spherical k-means. The choice is
+a constant to gradients and in float64, so that it does not depend on the order of a sum. Work: N C d for the choice and
+N window d; memory: indices, and on a CPU the operands of some tiles. Kernels are not generated: theirs are told what q,
+k and padding say, in the order in which they stand, and here tokens are sorted by their cluster.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewriter.codegen.gathered import traced
 from rewriter.kernels.exact import sdpa
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
@@ -42,6 +43,7 @@ from rewriter.variant import Case, Config, Implementation, Variant
 
 _WINDOW, _CLUSTERS = 512, (8, 16)  # of the paper's models of words
 _DECAY, _ROUNDS = 0.999, 10
+_ROWS, _TOGETHER = 64, 1 << 19  # queries of a tile, which is computed whole; scores at once, on a CPU
 
 
 def unit(x: Tensor) -> Tensor:
@@ -64,8 +66,7 @@ def reference(
     out, count = torch.zeros_like(scores @ value), torch.zeros_like(scores[..., :1])
     for c in range(int(config["clusters"])):
         if module.past(q_len):
-            member = near_q.argmax(-1, True) == c
-            seen = member & (real_k & (near_k.argmax(-1, True) == c)).mT & earlier
+            seen = (near_q.argmax(-1, True) == c) & (real_k & (near_k.argmax(-1, True) == c)).mT & earlier
             number, half = seen.cumsum(-1) - 1, module.block
             seen = seen & (number // half >= number[..., -1:] // half - 1)
         else:
@@ -73,8 +74,7 @@ def reference(
             for near in (near_q[..., c], near_k[..., c]):
                 best = near.topk(min(module.window, near.shape[2])).indices
                 members.append(torch.zeros_like(near, dtype=torch.bool).scatter(2, best, True))
-            member, here = members[0][..., None] & real_q, members[1][..., None] & real_k
-            seen = member & here.mT
+            seen = (members[0][..., None] & real_q) & (members[1][..., None] & real_k).mT
             if config["causal"] == "position":
                 seen = seen & earlier
             elif config["causal"] == "rank":
@@ -144,11 +144,9 @@ class Routing(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal or full, and `padding`."""
-        near_q, near_k = self.near(query, key, padding)
-        grouped = query.unflatten(1, (key.shape[1], -1))
         attend = self._before if self.past(query.shape[2]) else self._inside
-        out = attend(grouped, key, value, near_q, near_k)
-        if self.training:
+        out = attend(query.unflatten(1, (key.shape[1], -1)), key, value, *self.near(query, key, padding))
+        if self.training and not traced(query):
             with torch.no_grad():
                 both = _DECAY * self.centroids + (1 - _DECAY) * self.moved(query, key, padding)
                 self.centroids.copy_(F.normalize(both, dim=-1))
@@ -156,75 +154,79 @@ class Routing(nn.Module):
 
     def _inside(self, query: Tensor, key: Tensor, value: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
         """The nearest tokens of each cluster, in the order in which they stand: gather, attend, scatter the mean."""
-        (batch, heads, groups, q_len, _), kv_len = query.shape, key.shape[2]
+        (groups, q_len), kv_len = query.shape[2:4], key.shape[2]
         wide, high = min(self.window, q_len), min(self.window, kv_len)
         at_q = near_q.topk(wide, dim=-2).indices.sort(-2).values.mT.transpose(2, 3)  # (B, Hkv, C, G, w)
         at_k = near_k.topk(high, dim=-2).indices.sort(-2).values.mT
-        kept_q = near_q.mT.transpose(2, 3).gather(-1, at_q) > -2
-        seen = (kept_q[..., None] & (near_k.mT.gather(-1, at_k) > -2)[:, :, :, None, None]).flatten(3, 4)
-        if self.causal == "position":
-            seen = seen & (at_q.flatten(3)[..., None] + kv_len - q_len >= at_k[:, :, :, None])
-        elif self.causal == "rank":
-            seen = seen & Causal().visible(wide, high, key.device).repeat(groups, 1)
-        place = torch.arange(groups, device=key.device)[:, None] * q_len + at_q  # among the queries of a group
-        rows = taken(query.flatten(2, 3), place.flatten(3))
-        out = tiled(rows, taken(key, at_k), taken(value, at_k), seen, self.scale)
-        weight = seen.any(-1, keepdim=True).to(out.dtype)
-        index, size = place.flatten(2)[..., None], (batch, heads, groups * q_len)
-        count = weight.new_zeros(*size, 1).scatter_add(2, index, weight.flatten(2, 3))
-        sums = out.new_zeros(*size, out.shape[-1])
-        sums = sums.scatter_add(2, index.expand(-1, -1, -1, out.shape[-1]), (out * weight).flatten(2, 3))
+        # A query may see places up to one; what is in no cluster has one that is before, or beyond, all others.
+        if self.causal == "rank":
+            until, place = (torch.arange(m, device=key.device).expand_as(at) for m, at in ((wide, at_q), (high, at_k)))
+            until = until + high - wide
+        else:
+            until, place = at_q + (kv_len - q_len if self.causal == "position" else kv_len), at_k
+        until = until.masked_fill(near_q.mT.transpose(2, 3).gather(-1, at_q) == -2, -1).flatten(3)
+        place = place.masked_fill(near_k.mT.gather(-1, at_k) == -2, 2 * kv_len + q_len)
+        at_q = (torch.arange(groups, device=key.device)[:, None] * q_len + at_q).flatten(3)  # a group's rows together
+        out = tiled(query.flatten(2, 3), key, value, at_q, at_k, until, place, self.scale).flatten(2, 3)
+        weight = (until >= place.amin(-1, keepdim=True)).flatten(2)[..., None].to(out.dtype)
+        index, size = at_q.flatten(2)[..., None], (*key.shape[:2], groups * q_len)
+        count = weight.new_zeros(*size, 1).scatter_add(2, index, weight)
+        sums = out.new_zeros(*size, out.shape[-1]).scatter_add(2, index.expand_as(out), out)
         return (sums / count.clamp(min=1)).unflatten(2, (groups, q_len))  # type: ignore[no-any-return]
 
     def _before(self, query: Tensor, key: Tensor, value: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
         """Keys sorted by cluster: what a query sees is an interval of them. Queries of one block share tiles."""
-        (groups, q_len), kv_len, clusters, half = query.shape[2:4], key.shape[2], near_k.shape[-1], self.block
-        near_q, real = near_q.flatten(2, 3), near_k[..., :1] > -2
-        home = torch.where(real[..., 0], near_k.argmax(-1), clusters)
-        order = home.argsort(dim=-1, stable=True)
-        count = (F.one_hot(home, clusters + 1)[..., :clusters]).cumsum(2)  # how many of each cluster up to here
-        past = torch.arange(q_len, device=key.device) + kv_len - q_len
-        own = near_q.argmax(-1, keepdim=True)
-        number = count[:, :, past.clamp(min=0)].repeat(1, 1, groups, 1).gather(-1, own)[..., 0]
-        number = number * (past >= 0).repeat(groups)
-        first = (count[:, :, -1].cumsum(-1) - count[:, :, -1]).gather(-1, own[..., 0])
-        block = (number - 1).clamp(min=0) // half
-        low, high = first + (block - 1).clamp(min=0) * half, first + number
-        base = torch.where(number > 0, first + block * half, kv_len)  # one number for each block, and one for no keys
-
+        (groups, q_len), kv_len, clusters, block = query.shape[2:4], key.shape[2], near_k.shape[-1], self.block
         n = groups * q_len
-        rows = min(half, n)
-        sequence = base.argsort(dim=-1, stable=True)
-        base = base.gather(-1, sequence)
-        place = torch.arange(n, device=key.device)
+        home = torch.where(near_k[..., 0] > -2, near_k.argmax(-1), clusters)
+        order = home.argsort(dim=-1, stable=True)
+        count = F.one_hot(home, clusters + 1)[..., :clusters].cumsum(2)  # how many of each cluster up to here
+        past = torch.arange(q_len, device=key.device) + kv_len - q_len
+        own = near_q.flatten(2, 3).argmax(-1, keepdim=True)
+        number = (count[:, :, past.clamp(min=0)] * (past >= 0)[:, None]).repeat(1, 1, groups, 1).gather(-1, own)[..., 0]
+        begin = (count[:, :, -1].cumsum(-1) - count[:, :, -1]).gather(-1, own[..., 0])
+        last = (number - 1).clamp(min=0) // block * block  # where the block of the query begins in its cluster
+        low, until = begin + (last - block).clamp(min=0), torch.where(number > 0, begin + number - 1, -1)
+        base = torch.where(number > 0, begin + last, kv_len)  # one number for each block, and one for no keys
+
+        sequence, rows = base.argsort(dim=-1, stable=True), min(block, _ROWS, n)
+        base, place = base.gather(-1, sequence), torch.arange(n, device=key.device)
         new = F.pad(base[..., 1:] != base[..., :-1], (1, 0), value=True)
         rank = place - (place * new).cummax(-1).values
         slot = ((rank % rows == 0).cumsum(-1) - 1) * rows + rank % rows
-        tiles = min(n // rows + kv_len // half + clusters + 1, n)  # a block may leave one of its own half empty
-        empty = slot.new_full((*slot.shape[:2], tiles * rows), n)
-        index = empty.scatter(-1, slot, sequence).unflatten(-1, (tiles, rows))
-
-        low, high, start = (F.pad(t, (0, 1)).gather(-1, index.flatten(2)).view_as(index) for t in (low, high, low))
-        span = start[..., :1] + torch.arange(2 * half, device=key.device)  # (B, Hkv, tiles, 2 half)
-        seen = (span[..., None, :] >= low[..., None]) & (span[..., None, :] < high[..., None])
-        span = order.gather(-1, span.clamp(max=kv_len - 1).flatten(2)).view_as(span)
-        padded = F.pad(query.flatten(2, 3), (0, 0, 0, 1))
-        out = tiled(taken(padded, index), taken(key, span), taken(value, span), seen, self.scale)
-        back = torch.zeros_like(sequence).scatter(-1, sequence, slot)
-        return taken(out.flatten(2, 3), back).unflatten(2, (groups, q_len))  # type: ignore[no-any-return]
-
-
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, Hkv, n, D) at an index (B, Hkv, ...): (B, Hkv, ..., D)."""
-    flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, flat).unflatten(2, index.shape[2:])  # type: ignore[no-any-return]
+        tiles = min(n // rows + kv_len // block + clusters + 1, n)  # each block may leave a tile that is not full
+        index = (
+            slot.new_full((*slot.shape[:2], tiles * rows), n).scatter(-1, slot, sequence).unflatten(-1, (tiles, rows))
+        )
+        low, until = (F.pad(t, (0, 1), value=-1).gather(-1, index.flatten(2)).view_as(index) for t in (low, until))
+        span = low[..., :1].clamp(min=0) + torch.arange(2 * block, device=key.device)  # (B, Hkv, tiles, 2 block)
+        at_k = order.gather(-1, span.clamp(max=kv_len - 1).flatten(2)).view_as(span)
+        out = tiled(query.flatten(2, 3), key, value, index.clamp(max=n - 1), at_k, until, span, self.scale).flatten(
+            2, 3
+        )
+        back = torch.zeros_like(sequence).scatter(-1, sequence, slot)[..., None]
+        return out.gather(2, back.expand(-1, -1, -1, out.shape[-1])).unflatten(2, (groups, q_len))  # type: ignore
 
 
-def tiled(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Dense attention of each tile: (B, Hkv, tiles, rows, D) over (B, Hkv, tiles, keys, D)."""
-    q, k, v, mask = (t.flatten(0, 2)[:, None] for t in (query, key, value, seen))
-    out = sdpa.attend(q, k, v, mask, None, scale=scale, positional=Full())
-    return out.view(*query.shape[:4], -1)
+def tiled(
+    query: Tensor, key: Tensor, value: Tensor, at_q: Tensor, at_k: Tensor, until: Tensor, place: Tensor, scale: float
+) -> Tensor:
+    """Attention in tiles: those of the queries (B, Hkv, n, D) at an index (B, Hkv, tiles, rows) to the keys at an index
+    (B, Hkv, tiles, keys) whose `place` is not beyond the `until` of the query: (B, Hkv, tiles, rows, Dv).
+    """
+
+    def table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.arange(x.shape[0] * x.shape[1], device=x.device) * x.shape[2]
+        return x.reshape(-1, x.shape[3]), (index.flatten(0, 1) + first[:, None, None]).flatten(0, 1)
+
+    tables = [table(x, index) for x, index in ((query, at_q), (key, at_k), (value, at_k))]
+    until, place = until.flatten(0, 2)[:, None, :, None], place.flatten(0, 2)[:, None, None]
+    few = max(_TOGETHER // (at_q.shape[3] * at_k.shape[3]), 1)
+    step, out = few if query.device.type == "cpu" else len(until), []
+    for here in (slice(i, i + step) for i in range(0, len(until), step)):
+        q, k, v = (x.index_select(0, at[here].flatten()).view(*at[here].shape, -1)[:, None] for x, at in tables)
+        out.append(sdpa.attend(q, k, v, place[here] <= until[here], None, scale=scale, positional=Full()))
+    return torch.cat(out).view(*at_q.shape, -1)
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
@@ -233,9 +235,7 @@ def applies(site: AttentionSite, target: Target) -> bool | Refusal:
     if site.dropout_p > 0:
         reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
     elif site.mask.has(Dense):
-        reason = (
-            "the mask is a tensor of which nothing is known, so what a cluster would show of it is not known either"
-        )
+        reason = "the mask is a tensor of which nothing is known, so it is not known what it hides of a cluster"
     elif site.mask.positional not in (Full(), Causal()):
         reason = f"clusters are of all tokens, or of all that stand before, and the mask is {site.mask}"
     elif site.mask.positional == Full() and site.q_len != site.kv_len and not site.single_query_decode:
@@ -271,7 +271,7 @@ _FULL = replace(_SITE, mask=Full() & Padding())
 
 VARIANT = Variant(
     name="routing",
-    paper="arXiv:2003.05997, sections 4.1 and 4.2",
+    paper="arXiv:2003.05997",
     fidelity="learned",
     reference=reference,
     applies=applies,
