@@ -21,6 +21,8 @@ from rewriter.sampling import sampled
 from rewriter.site import AttentionSite
 from rewriter.variant import Implementation
 
+_ATEN = torch.ops.aten
+
 
 class Samples(NamedTuple):
     """The arguments of the operator."""
@@ -37,7 +39,9 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """One map, where it is read, and the axes that only they have."""
+    """One map, where it is read, and the axes that only they have. Of a tensor that holds all maps it is a `part`:
+    along that axis, from that pixel on.
+    """
 
     map: Placed
     grid: Placed
@@ -45,6 +49,16 @@ class Level:
     width: Axis
     points: Axis
     xy: Axis
+    part: tuple[int, int] | None = None
+
+    def pixels(self, emit: Emit, value: Value) -> Any:
+        """The map's own tensor, whose axes `map` tells."""
+        whole = value(self.map.node)
+        if self.part is None:
+            return whole
+        axis, start = self.part
+        length = math.prod(atom.size for atom in self.map.layout[axis] if isinstance(atom.size, int))
+        return emit(_ATEN.slice.Tensor, whole, axis, start, start + length)
 
 
 @dataclass
@@ -78,19 +92,24 @@ class SampledMatch:
 
     def sizes(self, emit: Emit, value: Value, replaced: Mapping[int, int] | None = None) -> SizeOf:
         """How long each atom is in this call."""
-        return sizes_from(emit, [(each, value(each.node)) for each in self.tensors], replaced)
+        maps = [(each.map, each.pixels(emit, value)) for each in self.levels]
+        rest = [(each, value(each.node)) for each in self.tensors[len(maps) :]]
+        return sizes_from(emit, [*maps, *rest], replaced)
 
     def samples(self, emit: Emit, value: Value, size: SizeOf) -> Samples:
         """The operator's arguments from the values of the inputs."""
 
-        def gather(placed: Placed, *rest: Axis) -> Any:
+        def gather(placed: Placed, tensor: Any, *rest: Axis) -> Any:
             groups = [refined(axis) for axis in (self.batch, self.heads, *rest)]
-            return gathered(emit, value(placed.node), placed.layout, groups, size, (True,) * len(groups))
+            return gathered(emit, tensor, placed.layout, groups, size, (True,) * len(groups))
 
         return Samples(
-            [gather(each.map, each.height, each.width, self.channels) for each in self.levels],
-            [gather(each.grid, self.queries, each.points, each.xy) for each in self.levels],
-            gather(self.weights, self.queries, self.points),
+            [
+                gather(each.map, each.pixels(emit, value), each.height, each.width, self.channels)
+                for each in self.levels
+            ],
+            [gather(each.grid, value(each.grid.node), self.queries, each.points, each.xy) for each in self.levels],
+            gather(self.weights, value(self.weights.node), self.queries, self.points),
         )
 
     def scattered(self, emit: Emit, out: Any, size: SizeOf) -> Any:
@@ -167,7 +186,7 @@ class SampledRegion(Region):
         axes += [match.batch, match.heads, match.queries, match.points, match.channels, *match.result.layout]
         text = [[atoms.setdefault(atom, f"a{len(atoms)}") for atom in refined(axis)] for axis in axes]
         placed = [(names[each.node], [[atoms[a] for a in axis] for axis in each.layout]) for each in match.tensors]
-        return f"{text} {placed}"
+        return f"{text} {placed} {[each.part for each in match.levels]}"
 
 
 @whole.register

@@ -8,17 +8,20 @@ that follow, so that nothing is copied on the way to the operator and back.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx
 
 from rewriter.axes import Atom, Axis, Layout, Placed, backward, forward, refined, shape_of
 from rewriter.capture import source_line
-from rewriter.pattern import Contraction, Join, Normaliser, Sampler, ask, is_parameter, value_of
+from rewriter.pattern import Contraction, Join, Normaliser, Sampler, argument, ask, is_call, is_parameter, value_of
 from rewriter.sampled import Level, SampledMatch
 from rewriter.site import AttentionSite, Full, Refusal
 from rewriter.walk import step_at
 
+_ATEN = torch.ops.aten
 _LONGEST = 16
 """Views in a row."""
 
@@ -124,9 +127,9 @@ def _read(samples: Placed, weights: Placed, out: Placed, summed: Axis) -> Sample
             return none if sampler is None else sampler
         front, channels, rows, columns = part.layout
         height, width, xy = (((Atom(size),) if size != 1 else ()) for size in (*shape_of(sampler.map)[2:], 2))
-        source = up(Placed(sampler.map, (front, channels, height, width)))
+        source, place = _pixels(up(Placed(sampler.map, (front, channels, height, width))), channels)
         grid = up(Placed(sampler.grid, (front, rows, columns, xy)))
-        levels.append(Level(source, grid, height, width, own, xy))
+        levels.append(Level(source, grid, height, width, own, xy, place))
     product, weights, out = out.node, up(weights), down(out)
     # The last part stands for all: what a part has to itself is its points.
     front, channels, rows, columns = (refined(axis) for axis in part.layout)
@@ -162,6 +165,33 @@ def _parts(top: Placed, summed: Axis) -> tuple[list[tuple[Placed, Axis]], Axis] 
     axes: list[Axis] = [(Atom(count),) if count != 1 else () for count in counts]
     placed = [Placed(each, (*before, axis, *after)) for each, axis in zip(join.parts, axes, strict=True)]
     return [(up(each), axis) for each, axis in zip(placed, axes, strict=True)], own
+
+
+def _pixels(found: Placed, channels: Axis) -> tuple[Placed, tuple[int, int] | None]:
+    """A map that was split off where its channels lay apart, as a part of a tensor in which they do not: views and a
+    split commute.
+    """
+    split = found.node.args[0] if is_call(found.node, operator.getitem) else None
+    if _beside(found, channels) or not isinstance(split, fx.Node) or not is_call(split, _ATEN.split_with_sizes):
+        return found, None
+    source, counts = split.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(counts, (list, tuple))
+    axis, number = int(argument(split, "dim")) % len(found.axes), int(found.node.args[1])  # type: ignore[arg-type]
+    own, whole = found.layout[axis], Atom(shape_of(source)[axis])
+    if not all(isinstance(n, int) for n in (*counts, *(atom.size for atom in own))):
+        return found, None
+    top = up(Placed(source, (*found.layout[:axis], (whole,), *found.layout[axis + 1 :])))
+    if (whole,) not in top.layout or not _beside(top, channels):
+        return found, None
+    place = top.layout.index((whole,))
+    layout = (*top.layout[:place], own, *top.layout[place + 1 :])
+    return Placed(top.node, layout), (place, sum(counts[:number]))
+
+
+def _beside(placed: Placed, channels: Axis) -> bool:
+    """Are the channels the innermost of the last axis?"""
+    own = refined(channels)
+    return not own or placed.layout[-1][-len(own) :] == own
 
 
 def _site(
