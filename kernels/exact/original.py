@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.codegen.formula import ELEMENTS
 from rewriter.ops import attention_math
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, SlidingWindow
 from rewriter.target import Target
@@ -104,5 +105,5 @@ VARIANT = Variant(
         Case(site=replace(_SITE, mask=Causal() & Padding(), normaliser="sigmoid")),
         Case(site=replace(_SITE, normaliser="relu", bias="dense")),
     ],
-    elements=frozenset({"bias", "softcap", "sink", "sigmoid", "relu"}),
+    elements=ELEMENTS,
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.formula import ELEMENTS, Formula, of_site
 from rewriter.codegen.implementation import defined, gathered, generated
 from rewriter.site import AttentionSite, Causal, Chunked, Dense, Full, Mask, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
@@ -114,5 +114,5 @@ VARIANT = Variant(
         Case(site=replace(_SITE, normaliser="relu", mask=Full())),
     ],
     near_misses=[replace(_SITE, dropout_p=0.1)],
-    elements=frozenset({"bias", "softcap", "sink", "sigmoid", "relu"}),
+    elements=ELEMENTS,
 )

@@ -91,10 +91,13 @@ VARIANT = Variant(
     configs=configs,
     build=built_on_grid(rules),
     formula=formula_on_grid(rules),
+    elements=frozenset({"bias", "softcap", "sink"}),
     cases=[
         Case(site=_SITE, configs=[{"axis": 0}]),
         Case(site=replace(_SITE, dtype="bfloat16", mask=Padding() & Full()), configs=[{"axis": 1, "causal": True}]),
         Case(site=_VOLUME, configs=[{"axis": 1}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"axis": 1}]),
+        Case(site=replace(_SITE, softcap=2.0), configs=[{"axis": 1}]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

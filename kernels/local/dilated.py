@@ -100,10 +100,13 @@ VARIANT = Variant(
     configs=configs,
     build=built_on_grid(rules),
     formula=formula_on_grid(rules),
+    elements=frozenset({"bias", "softcap", "sink"}),
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16", mask=Padding() & Full()), configs=[{"scope": "global", "group": 5}]),
         Case(site=_VOLUME, configs=[{"scope": "local", "group": "2x4x7"}, {"scope": "global", "group": "2x4x5"}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"scope": "local", "group": 7}]),
+        Case(site=replace(_SITE, softcap=2.0), configs=[{"scope": "local", "group": 7}]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

@@ -91,6 +91,7 @@ VARIANT = Variant(
     configs=configs,
     build=built_on_grid(rules),
     formula=formula_on_grid(rules),
+    elements=frozenset({"bias", "softcap", "sink"}),
     cases=[
         Case(site=_SITE, configs=[{"block": 8, "halo": 3, "border": "mask"}]),
         Case(
@@ -98,6 +99,8 @@ VARIANT = Variant(
             configs=[{"block": "5x6", "halo": 2, "border": "shift"}],
         ),
         Case(site=_LONG, configs=[{"block": "3x8", "halo": "2x3", "border": "shift"}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"block": 8, "halo": 3, "border": "shift"}]),
+        Case(site=replace(_SITE, softcap=2.0), configs=[{"block": 8, "halo": 3, "border": "shift"}]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

@@ -136,6 +136,7 @@ VARIANT = Variant(
     configs=configs,
     build=built_on_grid(rules),
     formula=formula_on_grid(rules),
+    elements=frozenset({"bias", "softcap", "sink"}),
     cases=[
         Case(site=_SEQUENCE, configs=[{"window": 30, "stride": 7}, {"window": 20, "dilation": 3}]),
         Case(site=replace(_SEQUENCE, mask=Causal() & Padding(), q_len=130), configs=[{"window": 64, "stride": 64}]),
@@ -144,6 +145,8 @@ VARIANT = Variant(
         Case(site=_grid("17x34", 578), configs=[{"window": "4x7", "dilation": "3x2", "causal": "0x1"}]),
         Case(site=_grid("5x9x13", 585, v_head_dim=8), configs=[{"window": "2x3x4", "stride": "2x1x3"}]),
         Case(site=_grid("640", 640), configs=[{"window": 31, "stride": 6, "dilation": 2}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"window": "8x5"}]),
+        Case(site=replace(_SITE, softcap=2.0), configs=[{"window": "8x5"}]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.formula import ELEMENTS, Formula, of_site
+from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import defined, generated
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
@@ -145,7 +146,9 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
 
 
 def gathered(site: AttentionSite, config: Config) -> Implementation:
-    """The block loop, in plain PyTorch."""
+    """The block loop, in plain PyTorch; where scores go through more, what there is for every formula."""
+    if site.elements:
+        return Gathered(formula(site, config), site.scale)
     window, sinks = int(config["window"]), int(config["sinks"])
     return partial(attend, scale=site.scale, causal=site.mask.positional == Causal(), window=window, sinks=sinks)
 
@@ -165,6 +168,7 @@ VARIANT = Variant(
     configs=configs,
     build=generated(formula, gathered),
     formula=formula,
+    elements=ELEMENTS,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16", q_len=257, kv_len=257), configs=[_SMALL]),
@@ -174,6 +178,10 @@ VARIANT = Variant(
         Case(site=replace(_SITE, q_len=1)),
         Case(site=replace(_SITE, mask=Causal() & Padding(), q_len=3), configs=[_SMALL]),
         Case(site=replace(_SITE, q_len=500), configs=[_SMALL]),
+        Case(site=replace(_SITE, bias="dense", softcap=2.0), configs=[_SMALL]),
+        Case(site=replace(_SITE, sink="learned"), configs=[_SMALL]),
+        Case(site=replace(_SITE, normaliser="sigmoid"), configs=[_SMALL]),
+        Case(site=replace(_SITE, normaliser="relu"), configs=[_SMALL]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

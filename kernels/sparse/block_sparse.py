@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from rewriter.codegen.expression import parameters
-from rewriter.codegen.formula import Formula, IndexFunction, of_site
+from rewriter.codegen.formula import ELEMENTS, Formula, IndexFunction, of_site
 from rewriter.codegen.implementation import defined, generated
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, DataChunked, DataPrefix, Dense, Documents, Full, Padding, Refusal
@@ -231,6 +231,7 @@ VARIANT = Variant(
     configs=configs,
     build=generated(formula),
     formula=formula,
+    elements=ELEMENTS,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, mask=Full(), dtype="bfloat16", q_len=515, kv_len=515), configs=[_SMALL]),
@@ -250,6 +251,10 @@ VARIANT = Variant(
             site=replace(_SITE, mask=Causal(20), q_len=3),
             configs=[{**_SMALL, "mask": "variable_block_sparse"}],
         ),
+        Case(site=replace(_SITE, bias="dense", softcap=2.0), configs=[_SMALL]),
+        Case(site=replace(_SITE, sink="learned"), configs=[_SMALL]),
+        Case(site=replace(_SITE, normaliser="sigmoid"), configs=[_SMALL]),
+        Case(site=replace(_SITE, normaliser="relu"), configs=[_SMALL]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

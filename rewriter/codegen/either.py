@@ -12,10 +12,7 @@ from rewriter.variant import Implementation
 
 @dataclass(frozen=True)
 class Either:
-    """`special` for the queries and keys that it `fits`, and `usual` for all others.
-
-    For sites whose mask is a positional one and `padding`: the special one is given no other.
-    """
+    """`special` for the queries and keys that it `fits`, and `usual` for all others."""
 
     special: Implementation
     usual: Implementation
@@ -26,15 +23,15 @@ class Either:
     ) -> Tensor:
         """(B, H, Sq, Dv)."""
         if self.fits(query, key):
-            return self.special(query, key, value, None, padding, *sink)
+            return self.special(query, key, value, mask, padding, *sink)
         return self.usual(query, key, value, mask, padding, *sink)
 
     def pairs(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
     ) -> int | None:
         """Those of the one that is chosen."""
-        chosen, own = (self.special, None) if self.fits(query, key) else (self.usual, mask)
-        return pairs(chosen, query, key, value, own, padding, *sink)
+        chosen = self.special if self.fits(query, key) else self.usual
+        return pairs(chosen, query, key, value, mask, padding, *sink)
 
 
 def pairs(

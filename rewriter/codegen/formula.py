@@ -16,6 +16,8 @@ from rewriter.ops import normalised
 from rewriter.site import AttentionSite, Causal, Chunked, Mask, PrefixCausal, SlidingWindow
 
 IndexFunction = Callable[..., Any]
+ELEMENTS = frozenset({"bias", "softcap", "sink", "sigmoid", "relu"})
+"""What a formula of a site computes beyond softmax(scale * q k^T + mask) v."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rewriter.codegen.blocks import pairs_of
@@ -57,7 +58,7 @@ def built_on_grid(rules_of: RulesOf) -> Build:
 @dataclass(frozen=True)
 class Boxed:
     """`local` of tokens in the order of boxes, as an attention of tokens as they lie, whose masks are `formula`'s and
-    `padding`: no other is read.
+    `padding`. What is added to the scores follows the tokens; a mask that is bool says nothing more, and is not read.
     """
 
     local: Implementation
@@ -73,14 +74,24 @@ class Boxed:
         query, key, value = (to_boxes(t, *order) for t in (query, key, value))
         if padding is not None:
             padding = to_boxes(padding[:, None, :, None], *order)[:, 0, :, 0]
-        return from_boxes(self.local(query, key, value, None, padding, *sink), *order)
+        bias = None if mask is None or mask.dtype == torch.bool else _bias_to_boxes(mask, *order)
+        return from_boxes(self.local(query, key, value, bias, padding, *sink), *order)
 
     def pairs(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
     ) -> int:
         """How many pairs of a query and a key are shown."""
-        seen = passed(None, padding)
+        seen = passed(mask, padding)
         return pairs_of(reading(self.formula, seen), query, key, seen)
+
+
+def _bias_to_boxes(bias: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
+    """(B, H, tokens, tokens) as they lie -> box by box; axes of size 1 serve all."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    for axis in (2, 3):
+        if bias.shape[axis] > 1:
+            bias = to_boxes(bias.transpose(2, axis), layout, rules, box).transpose(2, axis)
+    return bias
 
 
 def _own(site: AttentionSite, config: Config) -> Formula:
