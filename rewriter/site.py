@@ -224,7 +224,7 @@ class AttentionSite:
     sink        one more logit in the sum: "zero" (softmax1) or "learned"
     factor      a tensor that multiplies the scores: "scalar", "head", "query" or "key" (which part it differs over)
     edits       what is outside of the canonical operator; such a site is recognised, and left as it is
-    tokens      how tokens lie, where it is known: "14x14", or "14x14+1" with one more in front
+    tokens      how tokens lie, where it is known: "14x14", or "14x14+1" with one more in front, "14x14+0+1" behind
     samples     the weights are not those of keys but of places between the pixels of maps (`rewriter/sampling.py`), so
                 many in each: "4+4+4+4"; `kv_len` counts the pixels
     observed    facts that were seen in values that may change, and are not proved for the next call: "mask" and "bias"

@@ -20,7 +20,7 @@ from torch import fx
 from rewriter.axes import Atom, Size, refined, reshaped, shape_of, size_of
 from rewriter.biases import terms
 from rewriter.facts import Reading
-from rewriter.pattern import argument, depends_on_data, is_parameter
+from rewriter.pattern import argument, depends_on_data, is_call, is_parameter
 from rewriter.site import AttentionSite
 from rewriter.walk import step_at
 
@@ -100,6 +100,8 @@ def layouts(graph: fx.Graph, ends: dict[fx.Node, Reading]) -> Known:
         layout = _layout(node, known, ends)
         if layout is not None and any(_rank(axis) for axis in layout):
             known[node] = layout
+        if is_call(node, _ATEN.copy_):
+            _fill(node, known)
     return known
 
 
@@ -152,6 +154,34 @@ def _convolved(node: fx.Node, known: Known) -> Layout | None:
     return tuple(axes)
 
 
+def _fill(node: fx.Node, known: Known) -> None:
+    """A tensor that is made empty, and written into: it is what all that is written agrees on."""
+    base, source = node.args[:2]
+    assert isinstance(base, fx.Node)
+    layout = _given(source, known) if isinstance(source, fx.Node) else ()
+    same = []
+    while base.op == "call_function" and _rule(base.target) in (_sliced, _selected, _narrowed, _viewed, _copied):
+        part, base = base, base.args[0]
+        assert isinstance(base, fx.Node)
+        if _rule(part.target) is _copied:
+            same.append(part)
+        elif _rule(part.target) is _sliced and len(layout) == len(shape_of(part)):
+            sizes = zip(layout, shape_of(part), shape_of(base), strict=True)
+            layout = tuple(axis if size == whole else _new(whole) for axis, size, whole in sizes)
+        else:
+            layout = ()
+    if is_call(base, *_EMPTY):
+        layout = layout if len(layout) == len(shape_of(base)) else tuple(_new(size) for size in shape_of(base))
+        for each in (base, *same):
+            known[each] = _common(known[each], layout) if each in known else layout
+
+
+def _common(first: Layout, second: Layout) -> Layout:
+    """What is known by both."""
+    both = zip(first, second, strict=True)
+    return tuple(a if [p.shape for p in a] == [p.shape for p in b] and _rank(b) else _new(_length(a)) for a, b in both)
+
+
 # --- how they go on --------------------------------------------------------------------------------------------------
 
 _Rule = Callable[[fx.Node, Known], Layout | None]
@@ -159,6 +189,14 @@ _Rule = Callable[[fx.Node, Known], Layout | None]
 
 def _same(node: fx.Node, known: Known) -> Layout | None:
     return known.get(node.args[0])  # type: ignore[arg-type]
+
+
+def _copied(node: fx.Node, known: Known) -> Layout | None:
+    """Where nothing is known of what is written over, it is what is written."""
+    target, source = node.args[:2]
+    if target in known or source not in known:
+        return _same(node, known)
+    return known[source] if shape_of(source) == shape_of(node) else None  # type: ignore[index, arg-type]
 
 
 def _elementwise(node: fx.Node, known: Known) -> Layout | None:
@@ -519,14 +557,13 @@ def _from_rows(reading: Reading, known: Known) -> str | None:
         return None
     pieces = _merged(piece for atom in rows for piece in held[atom])
     front: Size = 0
+    back: Size = 0
     if len(pieces) == 1 and pieces[0].of.kind == "joined" and pieces[0].whole:
         joined = pieces[0].of
-        if joined.back != 0:
-            return None
-        pieces, front = joined.body, joined.front
+        pieces, front, back = joined.body, joined.front, joined.back
     if not _spans(pieces):
         return None
-    return _written([piece.size for piece in pieces], front)
+    return _written([piece.size for piece in pieces], front, back)
 
 
 def _spans(pieces: Axis) -> bool:
@@ -547,12 +584,17 @@ def _from_bias(match: Found) -> str | None:
     alone = {atom for atoms in along if len(atoms) == 1 for atom in atoms}
     if not 2 <= len(roles.rows) <= 3 or len(roles.rows) != len(roles.columns) or alone != set(roles.columns):
         return None
-    return _written([atom.size for atom in roles.rows], 0)
+    return _written([atom.size for atom in roles.rows], 0, 0)
 
 
-def _written(sizes: Sequence[Size], front: Size) -> str:
-    grid = "x".join(str(size) if isinstance(size, int) else "?" for size in sizes)
-    return f"{grid}+{front if isinstance(front, int) else '?'}" if front != 0 else grid
+def _written(sizes: Sequence[Size], front: Size, back: Size) -> str:
+    def said(size: Size) -> str:
+        return str(size) if isinstance(size, int) else "?"
+
+    grid = "x".join(map(said, sizes))
+    if back != 0:
+        return f"{grid}+{said(front)}+{said(back)}"
+    return f"{grid}+{said(front)}" if front != 0 else grid
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -567,8 +609,9 @@ _KEEPS = (
     "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "type_as", "dropout",
     "dropout_", "feature_dropout", "alpha_dropout", "softmax", "_softmax", "log_softmax",
     "layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm", "hardswish", "hardswish_",
-    "prelu", "copy_", "float_power", "requires_grad_",
+    "prelu", "float_power", "requires_grad_",
 )  # fmt: skip
+_EMPTY = (_ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.zeros, _ATEN.zeros_like, _ATEN.new_zeros)
 _RESIZES = ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad3d", "replication_pad3d")
 _RESAMPLES = (
     "max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
@@ -587,7 +630,7 @@ _NAMED: dict[str, _Rule] = {
     **dict.fromkeys(_RESAMPLES, _resampled), **dict.fromkeys(_CONVOLVES, _convolved), "linear": _linear,
     "matmul": _product, "mm": _product, "addmm": _added_product, "slice": _sliced, "narrow": _narrowed,
     "select": _selected, "cat": _joined, "concat": _joined, "concatenate": _joined, "unfold": _unfolded,
-    "im2col": _columns, "col2im": _folded, "repeat": _repeated, "roll": _rolled, "flip": _rolled,
+    "copy_": _copied, "im2col": _columns, "col2im": _folded, "repeat": _repeated, "roll": _rolled, "flip": _rolled,
 }  # fmt: skip
 
 

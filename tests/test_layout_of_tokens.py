@@ -101,7 +101,7 @@ def test_a_window_over_the_axis_is_the_axis(size: int, stride: int) -> None:
     assert torch.equal(along(Window(size + stride, stride, causal=True), size), torch.ones(size, size).tril().bool())
 
 
-@pytest.mark.parametrize("tokens", ["640", "24x24+1", "5x9x13+3"])
+@pytest.mark.parametrize("tokens", ["640", "24x24+1", "24x24+0+9", "5x9x13+3"])
 @pytest.mark.parametrize("mask", [Full(), Full() & Padding()], ids=str)
 def test_windows_over_every_axis_are_exact(tokens: str, mask: Any) -> None:
     site = on(tokens, mask=mask)
@@ -121,18 +121,26 @@ def test_other_lengths_are_the_attention_of_the_site(q_len: int) -> None:
     assert_close(NEIGHBORHOOD.reference(*arguments, SITE, {"window": 4}), out, torch.float32)
 
 
-def test_tokens_in_front_see_all_and_are_seen_by_all() -> None:
-    layout, rules = Layout((9, 10), 3), (Window(3), Window(4))
+@pytest.mark.parametrize("back", [0, 5])
+@pytest.mark.parametrize("front", [0, 3])
+def test_tokens_around_see_all_and_are_seen_by_all(front: int, back: int) -> None:
+    layout, rules = Layout((9, 10), front, back), (Window(3), Window(4))
+    assert layout_of(replace(SITE, tokens=str(layout), q_len=None, kv_len=None)) == layout
     x = torch.arange(layout.length)
     seen = seeing(layout, rules)(x[:, None], x)
-    assert seen[:3].all() and seen[:, :3].all()
-    assert torch.equal(seen[3:, 3:], torch.kron(along(rules[0], 9).int(), along(rules[1], 10).int()).bool())
+    grid = slice(front, front + 90)
+    outside = torch.ones_like(x, dtype=torch.bool)
+    outside[grid] = False
+    assert seen[outside].all() and seen[:, outside].all()
+    assert torch.equal(seen[grid, grid], torch.kron(along(rules[0], 9).int(), along(rules[1], 10).int()).bool())
 
 
 GRIDS = [
     (Layout((24, 24), 1), (Window(8, 4), Window(5))),
     (Layout((17, 34)), (Window(4, 1, 3), Window(7, 1, 2, True))),
     (Layout((5, 9, 13), 70), (Window(2), Window(3, 1, 2), Window(4, 3))),
+    (Layout((17, 20), 3, 71), (Window(4, 1, 3), Window(7))),
+    (Layout((24, 24), 0, 7), (Window(8, 4), Window(5))),
     (Layout((100,), 2), (Window(5, 5, 7),)),
 ]
 
@@ -144,7 +152,7 @@ def test_boxes_hold_the_same_tokens_and_the_same_mask(layout: Layout, rules: Rul
     x = torch.randn(2, 3, layout.length, 5)
     assert torch.equal(from_boxes(to_boxes(x, layout, rules, box), layout, rules, box), x)
     named = to_boxes(torch.arange(1, layout.length + 1).view(1, 1, -1, 1), layout, rules, box)[0, 0, :, 0]
-    assert len(named) % BOX == layout.front % BOX
+    assert len(named) % BOX == layout.free % BOX
     p, t = torch.arange(len(named)), torch.arange(layout.length)
     seen = seeing(layout, rules, box)(p[:, None], p)
     there = named > 0

@@ -107,15 +107,41 @@ def test_class_token_then_registers_then_neither(tokens: Any) -> None:
     assert told == ["4x6+1", "4x6+3", "4x6+5", "4x6+3", "4x6", None]
 
 
-def test_tokens_behind_the_patches_are_not_in_front(tokens: Any) -> None:
+def test_tokens_behind_the_patches_and_around_them(tokens: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = flat(m.patch(x))
-        x = m.a(torch.cat([x, m.extra.expand(len(x), -1, -1)], 1))
-        return m.b(x[:, :-2])
+        extra = m.extra.expand(len(x), -1, -1)
+        x = m.a(torch.cat([x, extra], 1))
+        x = m.b(torch.cat([extra[:, :1], x], 1))
+        return m.c(x[:, 1:-2])
 
-    extra = nn.Parameter(torch.randn(1, 2, WIDTH))
-    model = Model(forward, patch=patches(), extra=extra, a=Attention(), b=Attention())
-    assert tokens(model, torch.randn(2, 3, 16, 24)) == [None, "4x6"]
+    parts: dict[str, Any] = {name: Attention() for name in "abc"}
+    model = Model(forward, patch=patches(), extra=nn.Parameter(torch.randn(1, 2, WIDTH)), **parts)
+    assert tokens(model, torch.randn(2, 3, 16, 24)) == ["4x6+0+2", "4x6+1+2", "4x6"]
+
+
+@pytest.mark.parametrize(
+    ("way", "grid"), [("even", "4x6"), ("all", "4x6"), ("shuffled", None), ("first", None), ("over", None)]
+)
+def test_what_is_written_into_an_empty_tensor(tokens: Any, way: str, grid: str | None) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = flat(m.patch(x))
+        y = torch.empty_like(x)
+        if way == "even":
+            y[..., 0::2] = x[..., 1::2] * 2
+            y[..., 1::2] = x[..., 0::2]
+        elif way == "first":
+            y[:, :5] = x[:, :5]
+            y[:, 5:] = x[:, 5:]
+        else:
+            y[:] = x
+        if way == "shuffled":
+            y[..., 1::2] = x[:, torch.randperm(24)][..., 1::2]
+        elif way == "over":
+            y[:, 3] = x[:, 5]
+        return m.a(y)
+
+    assert tokens(Model(forward, patch=patches(), a=Attention()), torch.randn(2, 3, 16, 24)) == [grid]
 
 
 @pytest.mark.parametrize(("frames", "grid"), [(16, "8x2x3"), (18, "9x2x3")])
@@ -455,6 +481,6 @@ def test_transformers(tokens: Any) -> None:
     assert tokens(hf.ViTModel(hf.ViTConfig(**facts)), torch.randn(1, 3, 32, 48)) == ["4x6+1"]
     # Its tokens of detections stand behind those of the image.
     yolos = hf.YolosModel(hf.YolosConfig(**facts, num_detection_tokens=5))
-    assert tokens(yolos, torch.randn(1, 3, 32, 48)) == [None]
+    assert tokens(yolos, torch.randn(1, 3, 32, 48)) == ["4x6+1+5"]
     video = {**facts, "image_size": 32, "num_frames": 8}
     assert tokens(hf.VideoMAEModel(hf.VideoMAEConfig(**video)), torch.randn(1, 8, 3, 32, 32)) == ["4x4x4"]

@@ -7,7 +7,7 @@ attention that is there already:
 
 With `causal`, key positions on the axis are at most the query's. There each layer has one axis and its own projections,
 and layers follow one another; here each site has an axis of its own, and the joint softmax is over one axis only, which
-is an approximation. Tokens in front of the grid see all and are seen by all. Exact where the other axes have length 1.
+is an approximation. Tokens around the grid see all and are seen by all. Exact where the other axes have length 1.
 Calls of other lengths than the grid's are the site's own attention, exactly. Work is O(N * length of the axis), in
 boxes that are lines of the grid, memory O(N).
 """

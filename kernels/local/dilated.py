@@ -9,7 +9,7 @@ of L, I = ceil(L / G) of them:
 and softmax(scale * q k^T) v over the keys that every axis shows. The two alternate over layers there; here each site
 has a scope of its own. Where a group does not divide an axis, the last are smaller: no token is hidden from its own
 group, and nothing is padded. Where G divides L, local scope is strided neighborhood attention, and global scope
-dilated. Tokens in front of the grid see all and are seen by all. Exact where each group is its whole axis. Calls of
+dilated. Tokens around the grid see all and are seen by all. Exact where each group is its whole axis. Calls of
 other lengths than the grid's are the site's own attention, exactly. Work is O(N * tokens of a group), memory O(N).
 """
 

@@ -7,7 +7,7 @@ softmax, without the learned relative positions. With blocks of b and a halo of 
     border "shift":  as many keys at every border, the window of b + 2h moved inward (all of the axis if it is shorter)
 
 The third reading, zero keys that take part in the softmax, is refused: no token of the model is one. With "shift", it
-is neighborhood attention with stride b and window b + 2h. Tokens in front of the grid see all and are seen by all.
+is neighborhood attention with stride b and window b + 2h. Tokens around the grid see all and are seen by all.
 Exact where one block covers each axis. Calls of other lengths than the grid's are the site's own attention, exactly.
 Work is O(N * (b + 2h)^axes), memory O(N).
 """

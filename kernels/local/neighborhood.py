@@ -8,7 +8,7 @@ where c is l, moved inward until the window lies inside: w keys at any border. A
 min(i // s * s + s - 1, L' - 1), and the window [max(l - w + 1, 0), i + 1).
 
 A causal site is a sequence, one causal axis that has no end: no leader is cut short, so that what a query sees does not
-change while a cache grows. Tokens in front of a grid see all and are seen by all. Exact where each window is its whole
+change while a cache grows. Tokens around a grid see all and are seen by all. Exact where each window is its whole
 axis. Calls of other lengths than the grid's are the site's own attention, exactly. Work is O(N * product of windows),
 in boxes of 64 tokens, memory O(N).
 """

@@ -1,9 +1,9 @@
 """Masks over the coordinates of tokens, one rule for each axis of their grid, and the kernels that make use of them.
 
-A key is seen iff every axis sees it: an `AxisRule`. Tokens in front of the grid see all and are seen by all. A kernel
-gets the tokens in the order of boxes (`rewriter/codegen/grid.py`), the residues of a dilated axis apart from each
-other, and those in front behind them, so that its blocks are boxes and what the mask hides is not visited. The sides
-of the boxes are those with the fewest pairs of boxes to visit, counted axis by axis.
+A key is seen iff every axis sees it: an `AxisRule`. Tokens in front of the grid and behind it see all and are seen by
+all. A kernel gets the tokens in the order of boxes (`rewriter/codegen/grid.py`), the residues of a dilated axis apart
+from each other, and those without a place behind them, so that its blocks are boxes and what the mask hides is not
+visited. The sides of the boxes are those with the fewest pairs of boxes to visit, counted axis by axis.
 """
 
 from __future__ import annotations
@@ -69,15 +69,21 @@ RulesOf = Callable[[AttentionSite, Config], Rules]
 
 @dataclass(frozen=True)
 class Layout:
-    """How tokens lie: rows of a grid, behind `front` tokens that have no place in it."""
+    """How tokens lie: rows of a grid, between `front` tokens that have no place in it and `back` others."""
 
     sides: tuple[int, ...]
     front: int = 0
+    back: int = 0
+
+    @property
+    def free(self) -> int:
+        """Tokens that have no place."""
+        return self.front + self.back
 
     @property
     def length(self) -> int:
         """All tokens."""
-        return self.front + math.prod(self.sides)
+        return self.free + math.prod(self.sides)
 
     @property
     def endless(self) -> bool:
@@ -85,13 +91,14 @@ class Layout:
         return self.sides == (ENDLESS,)
 
     def __str__(self) -> str:
-        return "x".join(map(str, self.sides)) + (f"+{self.front}" if self.front else "")
+        around = f"+{self.front}+{self.back}" if self.back else f"+{self.front}" if self.front else ""
+        return "x".join(map(str, self.sides)) + around
 
 
 def layout_of(site: AttentionSite) -> Layout | Refusal:
     """The grid of a site, or the sequence of a causal one; a refusal where nothing says how tokens lie."""
-    found = re.fullmatch(r"(\d+(?:x\d+)*)(?:\+(\d+))?", site.tokens or "")
-    layout = Layout(tuple(map(int, found[1].split("x"))), int(found[2] or 0)) if found else None
+    found = re.fullmatch(r"(\d+(?:x\d+)*)(?:\+(\d+))?(?:\+(\d+))?", site.tokens or "")
+    layout = Layout(tuple(map(int, found[1].split("x"))), int(found[2] or 0), int(found[3] or 0)) if found else None
     reason = ""
     if site.dropout_p > 0:
         reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
@@ -137,13 +144,14 @@ def folded(layout: Layout, rules: Rules, box: Sequence[int]) -> list[int]:
 def to_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
     """(B, H, tokens, D) as they lie -> (B, H, more tokens, D) box by box; zeros, or False, where a box is not full."""
     whole = folded(layout, rules, box)
-    front, rows = x[:, :, : layout.front], x[:, :, layout.front :].unflatten(2, layout.sides)
+    front, rows, back = x.split([layout.front, math.prod(layout.sides), layout.back], 2)
+    rows = rows.unflatten(2, layout.sides)
     lacking = [n for size, full in zip(reversed(layout.sides), reversed(whole), strict=True) for n in (0, full - size)]
     rows = F.pad(rows, (0, 0, *lacking))
     for axis, rule in enumerate(rules, 2):
         if rule.dilation > 1:
             rows = rows.unflatten(axis, (-1, rule.dilation)).transpose(axis, axis + 1).flatten(axis, axis + 1)
-    return torch.cat([to_tiles(rows.flatten(2, -2), whole, box), front], 2)
+    return torch.cat([to_tiles(rows.flatten(2, -2), whole, box), front, back], 2)
 
 
 def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
@@ -155,7 +163,8 @@ def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> T
         if rule.dilation > 1:
             rows = rows.unflatten(axis, (rule.dilation, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
         rows = rows.narrow(axis, 0, size)
-    return torch.cat([x[:, :, count:], rows.flatten(2, -2)], 2)
+    front, back = x[:, :, count:].split([layout.front, layout.back], 2)
+    return torch.cat([front, rows.flatten(2, -2), back], 2)
 
 
 @cache
@@ -176,7 +185,10 @@ def seeing(layout: Layout, rules: Rules, box: tuple[int, ...] | None = None) -> 
         return places
 
     def free(t: Any) -> Any:
-        return t >= count if box else t < layout.front
+        if box:
+            return t >= count
+        behind = t >= layout.front + count
+        return (t < layout.front) | behind if layout.back else t < layout.front
 
     def sees(i: Any, j: Any) -> Any:
         seen = None
@@ -185,7 +197,7 @@ def seeing(layout: Layout, rules: Rules, box: tuple[int, ...] | None = None) -> 
             one = one & (key.at < size) if box else one
             seen = one if seen is None else seen & one
         assert seen is not None
-        if not layout.front:
+        if not layout.free:
             return seen
         # What is seen by all is a token, and what fills a box is none.
         return seen | free(j) | (free(i) & _inside(placed(j), layout)) if box else seen | free(i) | free(j)
@@ -237,7 +249,7 @@ def share(layout: Layout, rules: Rules) -> float:
         return 0.0
     box = box_of(layout, rules)
     blocks = -(-layout.length // BOX)
-    edge = 2 * math.prod(folded(layout, rules, box)) // BOX * -(-layout.front // BOX)
+    edge = 2 * math.prod(folded(layout, rules, box)) // BOX * -(-layout.free // BOX)
     return (_visits(layout, rules, box) + edge) / blocks**2
 
 
