@@ -156,3 +156,21 @@ def test_a_module_may_start_from_data_and_keeps_it_where_it_is_better(begin: flo
     before, after = fit(module, scaled_samples(), steps=0)
     assert module.factor.item() == kept and before == pytest.approx(4 / 9)
     assert after == pytest.approx((3 - kept) ** 2 / 9)
+
+
+@pytest.mark.parametrize(("begin", "kept"), [(2.0, 2.0), (-5.0, 1.0)])
+def test_a_start_is_all_where_there_are_only_buffers(begin: float, kept: float) -> None:
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(1.0))
+
+        def start(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any) -> None:
+            self.get_buffer("factor").fill_(begin)
+
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any) -> Tensor:
+            return self.get_buffer("factor") * value
+
+    module = Still()
+    assert fit(module, scaled_samples()) == (pytest.approx(4 / 9), pytest.approx((3 - kept) ** 2 / 9))
+    assert module.get_buffer("factor").item() == kept
