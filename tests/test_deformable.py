@@ -507,6 +507,21 @@ def test_optimize_decides_reports_and_gives_back(tmp_path: Path, always_worth_it
     rewriter.restore(layer)
 
 
+def test_behind_other_compilers_and_exported(always_worth_it: None) -> None:
+    layer, given = Layer(stacked).eval(), arguments()
+    torch.compiler.reset()
+    fast = torch.compile(layer, backend="rewriter", options={"inner": "aot_eager"})
+    assert_close(fast(*given), layer(*given), torch.float32)  # gradients are wanted
+    program = torch.export.export(layer, given)
+    assert [site.samples for site in rewriter.explain(program).sampled] == ["4+4+4"]
+    module = rewriter.optimize(program)
+    assert [type(each) for each in module.modules()].count(Sampled) == 1
+    with torch.no_grad():
+        expected = layer(*given)
+        assert_close(fast(*given), expected, torch.float32)
+        assert_close(module(*given), expected, torch.float32)
+
+
 def test_what_was_not_asked_for_is_not_placed() -> None:
     layer, given = Layer(stacked).eval(), arguments()
     rewriter.optimize(layer, variants=["sdpa"])
