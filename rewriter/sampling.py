@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.errors import OptionError
 from rewriter.site import AttentionSite
 
 
@@ -33,14 +34,21 @@ def sampled(maps: Sequence[Tensor], grids: Sequence[Tensor], weights: Tensor) ->
     return out
 
 
-def samples_for(site: AttentionSite, *, seed: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """A small random input for a site; some places lie outside. In the strides of projections."""
+def samples_for(
+    site: AttentionSite, sizes: Sequence[tuple[int, int]] | None = None, *, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """A random input for a site with concrete batch and queries, in the strides of projections. Some places lie outside
+    of the maps, which are small where their sizes are not given.
+    """
+    if site.batch is None or site.q_len is None or site.samples is None:
+        raise OptionError("samples are made for a site of places in maps with concrete batch and queries")
     random = torch.Generator().manual_seed(seed)
-    points, heads = list(map(int, (site.samples or "").split("+"))), site.heads
-    sizes = [(_LARGEST[0] - each, _LARGEST[1] - 2 * each) for each in range(len(points))]
-    value = torch.randn(_BATCH, sum(height * width for height, width in sizes), heads, site.head_dim, generator=random)
-    weights = torch.randn(_BATCH, _QUERIES, heads, sum(points), generator=random).softmax(-1)
-    places = 2.4 * torch.rand(_BATCH, _QUERIES, heads, sum(points), 2, generator=random) - 1.2
+    points = list(map(int, site.samples.split("+")))
+    sizes = sizes or [(_LARGEST[0] - each, _LARGEST[1] - 2 * each) for each in range(len(points))]
+    pixels = sum(height * width for height, width in sizes)
+    value = torch.randn(site.batch, pixels, site.heads, site.head_dim, generator=random)
+    weights = torch.randn(site.batch, site.q_len, site.heads, sum(points), generator=random).softmax(-1)
+    places = 2.4 * torch.rand(*weights.shape, 2, generator=random) - 1.2
     value, weights, places = (each.to(site.device, site.torch_dtype) for each in (value, weights, places))
     return maps_of(value, sizes), [each.transpose(1, 2) for each in places.split(points, 3)], weights.transpose(1, 2)
 
@@ -51,4 +59,4 @@ def maps_of(value: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(1, size).permute(0, 3, 1, 2, 4) for part, size in zip(parts, sizes, strict=True)]
 
 
-_BATCH, _QUERIES, _LARGEST = 2, 37, (19, 23)
+_LARGEST = (19, 23)

@@ -45,7 +45,16 @@ def test_time_memory_and_the_ideal(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["milliseconds"] > 0 and row["config"] is not None for row in found)
 
 
-@pytest.mark.parametrize("name", [name for name, each in variants().items() if "samples" not in each.elements])
+def test_places_in_maps_beside_attention_to_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "--variant", "deformable", "--size", "16x16", "--dtype", "float32")
+    assert [(row["case"], row["variant"]) for row in found] == [
+        ("16x16, 4+4+4 places", BASELINE),
+        ("16x16, 4+4+4 places", "deformable"),
+    ]
+    assert found[1]["milliseconds"] > 0 and found[1]["work"] is None and found[1]["ideal"] is None
+
+
+@pytest.mark.parametrize("name", variants())
 def test_every_variant_has_a_site(name: str) -> None:
     """At the sizes that are measured if none are named."""
     found = [

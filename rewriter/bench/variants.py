@@ -1,7 +1,8 @@
 """Every variant on this CPU beside PyTorch's fused attention: time in alternation, peak memory, and the ideal.
 
 Nothing is listed here: a variant is measured at the sizes whose sites it takes. A sequence is causal where it takes
-that, and sees all of itself otherwise; a grid is for those that take the same length only as a grid.
+that, and sees all of itself otherwise; a grid is for those that take the same length only as a grid, or, with smaller
+ones below it, for those that read places of maps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.either import pairs
 from rewriter.codegen.formula import of_site
 from rewriter.errors import OptionError, RewriterError
+from rewriter.sampling import samples_for
 from rewriter.site import AttentionSite, Causal, Full
 from rewriter.target import Target
 from rewriter.testing import inputs
@@ -93,7 +95,8 @@ def sites(size: str, dtype: str) -> list[AttentionSite]:
         raise OptionError(f"a size is written 4096, 64x64 or 16x16x16, and not {size!r}")
     tokens = prod(map(int, size.split("x")))
     if "x" in size:
-        return [replace(site_of(tokens, dtype, Full()), tokens=size)]
+        grid = replace(site_of(tokens, dtype, Full()), tokens=size)
+        return [grid, replace(grid, samples="4+4+4")] if size.count("x") == 1 else [grid]
     return [site_of(tokens, dtype, mask) for mask in (Causal(), Full())]
 
 
@@ -104,7 +107,8 @@ def offered(
     target, left = Target.current(), list(found)
     for site in sites(size, dtype):
         plain = replace(site, tokens=None)
-        here = [each for each in left if each.takes(site, target) and not (site.tokens and each.takes(plain, target))]
+        only_so = site.tokens and not site.samples
+        here = [each for each in left if each.takes(site, target) and not (only_so and each.takes(plain, target))]
         left = [each for each in left if each not in here]
         most = None if every else 1
         chosen = [Choice(each, config) for each in here for config in islice(each.configs(site, target), most)]
@@ -135,7 +139,9 @@ def measured(
 
 def _at(site: AttentionSite, choices: Sequence[Choice], last: dict[str, Row], repeats: int) -> Iterator[Row]:
     case, tokens = site.tokens or str(site.mask), site.q_len or 0
-    given = inputs(site, seed=0)
+    case += f", {site.samples} places" if site.samples else ""
+    fused_given: Any = inputs(site, seed=0)
+    given: Any = samples_for(site, _pyramid(site)) if site.samples else fused_given
     left_out, builds = [], []
     for each in choices:
         row = Row(case, tokens, site.dtype, each.variant.name, each.settings)
@@ -147,7 +153,7 @@ def _at(site: AttentionSite, choices: Sequence[Choice], last: dict[str, Row], re
             _defined(each, site, built, given)
             builds.append((row, built, *_ideal(site, built, given)))
     with torch.no_grad():
-        runs = [_fused(site, given), *(_call(built, given) for _, built, *_ in builds)]
+        runs = [_fused(site, fused_given), *(_call(built, given) for _, built, *_ in builds)]
         times = alternate(runs, repeats=repeats, budget=_ROUNDS)
         memory = [peak_memory(run) for run in runs]
     rows = [Row(case, tokens, site.dtype, BASELINE), *(replace(row, work=w, ideal=i) for row, _, w, i in builds)]
@@ -157,6 +163,12 @@ def _at(site: AttentionSite, choices: Sequence[Choice], last: dict[str, Row], re
         last[row.variant] = row
         yield row
     yield from left_out
+
+
+def _pyramid(site: AttentionSite) -> list[tuple[int, int]]:
+    """The grid, and each further map half as high and as wide."""
+    height, width = map(int, (site.tokens or "").split("x"))
+    return [(max(height >> each, 1), max(width >> each, 1)) for each in range((site.samples or "").count("+") + 1)]
 
 
 def _fused(site: AttentionSite, given: Any) -> Callable[[], Tensor]:
@@ -171,6 +183,8 @@ def _call(built: Implementation, given: Any) -> Callable[[], Tensor]:
 
 def _ideal(site: AttentionSite, built: Implementation, given: Any) -> tuple[float | None, float | None]:
     """The work beside the whole attention's, and the ratio of times that it allows."""
+    if site.samples:
+        return None, None
     query, key, value, mask, padding, *sink = given
     whole = pairs_of(of_site(site), query, key, {})
     shown = pairs(built, query, key, value, mask, padding, *sink)
@@ -186,6 +200,9 @@ def _defined(choice: Choice, site: AttentionSite, built: Implementation, given: 
     """Raise RewriterError where the implementation differs from the definition of its variant: at the last queries
     where a sequence has a formula, otherwise at all, where the definition's scores can be held.
     """
+    if site.samples:
+        agrees(built(*given), choice.variant.reference(*given, site, choice.config), site.torch_dtype)
+        return
     query, key, value, mask, padding, *sink = given
     variant, module = choice.variant, {"module": built} if isinstance(built, nn.Module) else {}
     rows = query.shape[2]
