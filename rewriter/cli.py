@@ -169,7 +169,14 @@ def variants(as_json: JSON = False) -> Document:
     from rewriter.variant import variants as all_variants
 
     rows = [
-        {"name": v.name, "fidelity": v.fidelity, "paper": v.paper, "file": _file_of(v.applies)}
+        {
+            "name": v.name,
+            "fidelity": v.fidelity,
+            "paper": v.paper,
+            "limits": v.limits,
+            "elements": sorted(v.elements),
+            "file": _file_of(v.applies),
+        }
         for v in all_variants().values()
     ]
     if not as_json:

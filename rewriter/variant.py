@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,7 +64,7 @@ class Variant:
     fidelity    "exact": the same mathematics; "approximate": training-free; "learned": has parameters or buffers to fit
     reference   the definition in plain PyTorch, slow and obvious: (implementation's arguments, site, config) -> out;
                 for a learned variant the built module is passed as `module=`
-    applies     True, or a `Refusal` that names the fact of the site in the way
+    applies     True, or a `Refusal` that names the fact of the site in the way; its docstring says where it applies
     configs     the settings to try, cheapest-error first
     build       the implementation for a site and a config
     cases       sites that the tests and benchmarks run
@@ -87,6 +88,11 @@ class Variant:
     def concerns(self, site: AttentionSite) -> bool:
         """Is it for attention of this kind: with scores, or to places in maps?"""
         return ("samples" in self.elements) == (site.samples is not None)
+
+    @property
+    def limits(self) -> str:
+        """Where it applies, in a sentence: that of `applies` about itself."""
+        return (inspect.getdoc(self.applies) or "").partition("\n\n")[0].replace("\n", " ")
 
     def takes(self, site: AttentionSite, target: Target) -> bool | Refusal:
         """Does it apply here, and does it compute all that the scores go through?"""

@@ -163,6 +163,7 @@ def test_variants(run: Callable[..., Ran]) -> None:
     assert status == 0 and "sliding_window" in out
     _, rows, _ = run("variants", "--json")
     assert all(Path(row["file"]).is_file() and row["paper"] and row["fidelity"] for row in rows["variants"])
+    assert all(row["limits"].endswith(".") for row in rows["variants"])
 
 
 def test_doctor(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:

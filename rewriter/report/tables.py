@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -147,11 +147,11 @@ def timing_table(timings: Iterable[Timing]) -> Table:
     return table
 
 
-def variant_table(rows: Iterable[Mapping[str, str]]) -> Table:
-    """What can stand in for an attention, from name, fidelity, paper and file."""
-    table = _table("name", "fidelity", "paper", "file")
+def variant_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What can stand in for an attention, from name, fidelity, paper, limits and the elements that it computes."""
+    table = _table("name", "fidelity", "paper", "for", "also computes")
     for row in rows:
-        _row(table, row["name"], row["fidelity"], row["paper"], row["file"])
+        _row(table, row["name"], row["fidelity"], row["paper"], row["limits"], ", ".join(row["elements"]))
     return table
 
 
