@@ -224,8 +224,8 @@ def tiled(
     tables = [table(x, index) for x, index in ((query, at_q), (key, at_k), (value, at_k))]
     until, place = until.flatten(0, 2)[:, None, :, None], place.flatten(0, 2)[:, None, None]
     few = max(_TOGETHER // (at_q.shape[3] * at_k.shape[3]), 1)
-    step, out = few if query.device.type == "cpu" else len(until), []
-    for here in (slice(i, i + step) for i in range(0, len(until), step)):
+    at_once, out = query.device.type != "cpu" or traced(query), []
+    for here in [slice(None)] if at_once else [slice(i, i + few) for i in range(0, len(until), few)]:
         q, k, v = (x.index_select(0, at[here].flatten()).view(*at[here].shape, -1)[:, None] for x, at in tables)
         out.append(sdpa.attend(q, k, v, place[here] <= until[here], None, scale=scale, positional=Full()))
     return torch.cat(out).view(*at_q.shape, -1)
