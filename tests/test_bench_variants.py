@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from rewriter import cli
 from rewriter.bench import tables
-from rewriter.bench.variants import BASELINE, SIZES, Row, measured, offered
+from rewriter.bench.variants import BASELINE, SIZES, Row, _ideal, measured, offered
 from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.either import pairs
 from rewriter.codegen.formula import Formula, indices, of_site, passed, reading
 from rewriter.errors import OptionError, RewriterError
-from rewriter.site import Full, Padding
+from rewriter.kernels.exact.sdpa import attend
+from rewriter.site import AttentionSite, Causal, Full, Mask, Padding
 from rewriter.target import Target
 from rewriter.testing import inputs
 from rewriter.variant import register, unregister, variants
@@ -133,3 +136,14 @@ def test_one_sentence_for_what_is_wrong(given: list[str], sentence: str, capsys:
     assert sentence in " ".join(capsys.readouterr().err.split())
     with pytest.raises(OptionError):
         list(measured(["none"]))
+
+
+@pytest.mark.parametrize("mask", [Causal(), Full()], ids=str)
+def test_products_of_fused_attention_are_counted(mask: Mask) -> None:
+    site = AttentionSite(
+        path="a", heads=4, kv_heads=2, head_dim=8, v_head_dim=8, dtype="float32", scale=0.3, mask=mask, batch=2,
+        q_len=70, kv_len=70,
+    )  # fmt: skip
+    fused = partial(attend, scale=site.scale, positional=mask)
+    with torch.no_grad():
+        assert _ideal(site, fused, inputs(site, seed=0)) == (1.0, None)
