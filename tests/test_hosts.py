@@ -295,3 +295,38 @@ def test_a_variant_in_the_other_hosts_that_suit_it(name: str, monkeypatch: pytes
     hosts = suited(name)
     for host in hosts[-(-len(hosts) // 3) :]:
         check(host, name, monkeypatch)
+
+
+WINDOWS = [("picture", (4, 4), (7, 5)), ("diffusion", (2, 2), (7, 5)), ("rotated_video", (1, 2, 2), (2, 3, 5))]
+
+
+def cells(pixels: Tensor, sides: Sequence[int]) -> Tensor:
+    """Of (channels, *pixels), the sum of each cell of a grid."""
+    pixels = pixels.sum(0)
+    for axis, side in enumerate(sides):
+        pixels = pixels.unflatten(axis, (side, -1)).sum(axis + 1)
+    return pixels
+
+
+@pytest.mark.parametrize(("host", "patch", "window"), WINDOWS, ids=[each[0] for each in WINDOWS])
+def test_a_query_sees_its_window_of_the_input(host: str, patch: Any, window: Any) -> None:
+    """By gradients, and by nothing that is said of how tokens lie."""
+    known = ready(host)
+    model, call = known.model, dict(known.calls[0])
+    name, pixels = next(iter(call.items()))
+    pixels = pixels.clone().requires_grad_()
+    sides = [size // part for size, part in zip(pixels.shape[2:], patch, strict=True)]
+    config = {"window": "x".join(map(str, window))}
+    rewriter.apply(model, Plan.for_model(model, {site: ("neighborhood", config) for site in known.sites}))
+    try:
+        out = primary(model(**call | {name: pixels}))[0]
+    finally:
+        rewriter.restore(model)
+    out = out if out.dim() > 2 else out[-math.prod(sides) :].T.unflatten(1, sides)
+    out = cells(out[:1], sides)  # of a channel: all that a norm gives has the sum 0
+    for query in ([side // 2 for side in sides], [1, *(side - 1 for side in sides[1:])]):
+        (found,) = torch.autograd.grad(out[*query], pixels, retain_graph=True)
+        starts = [min(max(q - w // 2, 0), side - w) for q, w, side in zip(query, window, sides, strict=True)]
+        expected = torch.zeros(sides, dtype=torch.bool)
+        expected[*(slice(start, start + w) for start, w in zip(starts, window, strict=True))] = True
+        assert torch.equal(cells(found[0].abs(), sides) > 0, expected) and not found[1:].any()
