@@ -138,6 +138,8 @@ def _read(samples: Placed, weights: Placed, out: Placed, summed: Axis) -> Sample
     softmax: Normaliser | None = ask("normaliser", weights.node)
     if softmax is None or softmax.kind != "softmax" or set(weights.layout[softmax.axis]) != every:
         return Refusal("the samples of maps are weighted by something else than a softmax over all of them")
+    if set(weights.atoms) - {*front, *queries, *every}:
+        return Refusal("the weights of the samples of maps differ where the samples do not, or by channel")
     if set(inner) - {*rows, *columns} or every & {*front, *channels, *queries}:
         return Refusal("samples are summed over something else than the places in the maps")
     heads = front[-1:] if _count(front[-1:]) is not None else ()

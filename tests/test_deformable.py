@@ -431,6 +431,19 @@ def _one_is_no_sample(pixels: Tensor, places: Tensor, weights: Tensor) -> Tensor
     return (joined * weights).sum(-1).view(batch, -1, queries).mT
 
 
+def _shared_by_heads(pixels: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """All heads read the places of the first, in maps of all channels."""
+    maps, grid = by_level(pixels)[0].flatten(2).mT.unflatten(-1, SIZES[0]), 2 * places[:, :, 0].flatten(2, 3) - 1
+    samples = F.grid_sample(maps, grid, align_corners=False)
+    return torch.einsum("bcqp,bqhp->bqhc", samples, weights.flatten(3)).mean(2)
+
+
+def _by_channel(pixels: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    maps, grid = by_level(pixels)[0].flatten(2).mT.unflatten(-1, SIZES[0]), 2 * places[:, :, 0].flatten(2, 3) - 1
+    weights = weights.flatten(3).repeat_interleave(8, 2).permute(0, 2, 1, 3)
+    return torch.einsum("bcqp,bcqp->bqc", F.grid_sample(maps, grid, align_corners=False), weights)
+
+
 @pytest.mark.parametrize(
     ("spelled", "normalise", "words"),
     [
@@ -442,6 +455,8 @@ def _one_is_no_sample(pixels: Tensor, places: Tensor, weights: Tensor) -> Tensor
         (_sampling(), lambda x: x.unflatten(-1, (3, 4)).softmax(-1).flatten(-2), "something else than a softmax"),
         (_over_queries, None, "another axis than the one that is summed"),
         (_one_is_no_sample, None, "some are no samples"),
+        (_shared_by_heads, None, "differ where the samples do not"),
+        (_by_channel, None, "or by channel"),
     ],
 )  # fmt: skip
 def test_a_look_alike_is_refused_and_stays(spelled: Spelling, normalise: Any, words: str) -> None:
