@@ -1,8 +1,9 @@
 """How the tokens of an attention lie: a grid, a window of one, some tokens in front; told by where they come from.
 
 One pass over the graph says of each axis what it is made of. A piece is a part of an origin, which is an axis where it
-came into being: what a convolution slides over is a grid. Views cut pieces and put them together again, most operators
-keep them, and what is not known to keep them ends the knowledge. The number of tokens is never interpreted.
+came into being: what a convolution slides over is a grid, and so is a mesh of positions. Views cut pieces and put them
+together again, most operators keep them, and what is not known to keep them ends the knowledge. The number of tokens is
+never interpreted.
 """
 
 from __future__ import annotations
@@ -248,6 +249,23 @@ def _repeated(node: fx.Node, known: Known) -> Layout | None:
     return (*(_new(size) for size in after[:new]), *(axis if size == own else _new(size) for size, own, axis in old))
 
 
+def _interleaved(node: fx.Node, known: Known) -> Layout | None:
+    given, dim = known.get(node.args[0]), argument(node, "dim")  # type: ignore[arg-type]
+    if given is None or dim is None or len(given) != len(shape_of(node)):
+        return None
+    place = int(dim) % len(given)
+    return (*given[:place], _new(shape_of(node)[place]), *given[place + 1 :])
+
+
+def _stacked(node: fx.Node, known: Known) -> Layout | None:
+    sources: Any = node.args[0]
+    shape, place = shape_of(node), int(argument(node, "dim", 0)) % len(shape_of(node))
+    sizes = (*shape[:place], *shape[place + 1 :])
+    every = [known[each] for each in sources if each in known]
+    others = [_agreed(size, [axes[i] for axes in every]) for i, size in enumerate(sizes)]
+    return (*others[:place], _new(shape[place]), *others[place:])
+
+
 def _linear(node: fx.Node, known: Known) -> Layout | None:
     given = known.get(node.args[0])  # type: ignore[arg-type]
     return (*given[:-1], _new(shape_of(node)[-1])) if given is not None else None
@@ -382,6 +400,8 @@ def _item(node: fx.Node, known: Known) -> Layout | None:
         return None
     whole = source.args[0] if source.args else None
     target = getattr(source.target, "overloadpacket", None)
+    if target is _ATEN.meshgrid:
+        return tuple(_new(size, "grid") for size in shape_of(node))
     if not isinstance(whole, fx.Node) or whole not in known or not isinstance(index, int):
         return None
     given = known[whole]
@@ -629,7 +649,8 @@ _NAMED: dict[str, _Rule] = {
     **dict.fromkeys(_VIEWS, _viewed), **dict.fromkeys(_KEEPS, _same), **dict.fromkeys(_RESIZES, _resized),
     **dict.fromkeys(_RESAMPLES, _resampled), **dict.fromkeys(_CONVOLVES, _convolved), "linear": _linear,
     "matmul": _product, "mm": _product, "addmm": _added_product, "slice": _sliced, "narrow": _narrowed,
-    "select": _selected, "cat": _joined, "concat": _joined, "concatenate": _joined, "unfold": _unfolded,
+    "select": _selected, "cat": _joined, "concat": _joined, "concatenate": _joined, "stack": _stacked,
+    "repeat_interleave": _interleaved, "unfold": _unfolded,
     "copy_": _copied, "im2col": _columns, "col2im": _folded, "repeat": _repeated, "roll": _rolled, "flip": _rolled,
 }  # fmt: skip
 

@@ -301,6 +301,19 @@ def test_what_ends_the_knowledge(tokens: Any, way: str) -> None:
     assert tokens(model, torch.randn(2, 3, 16, 24)) == [None]
 
 
+@pytest.mark.parametrize(("sizes", "grid"), [((4, 6), "4x6"), ((2, 3, 4), "2x3x4"), ((24,), None)])
+def test_positions_on_a_mesh_tell_the_grid(tokens: Any, sizes: Any, grid: str | None) -> None:
+    """Of tokens that come packed: who turns queries by where they stand says where that is."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij")).flatten(1).T
+        angles = (mesh.unsqueeze(-1) / torch.arange(1, 5)).flatten(1)[:, :4].repeat_interleave(2, -1)
+        q = x * angles.cos() + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * angles.sin()
+        return F.scaled_dot_product_attention(q, q, x)
+
+    assert tokens(Model(forward), torch.randn(2, 24, WIDTH)) == [grid]
+
+
 def test_queries_of_their_own_look_at_a_grid(tokens: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = flat(m.patch(x))
