@@ -31,7 +31,7 @@ from rewriter.tune.solve import Solution, Table, cost_of, effect_of, front, solv
 
 MARGIN = 0.8
 """The part of the bound that the search half may use: the other half of the data is not the same data."""
-_CLOSE = 0.7
+_CLOSE = 0.9
 """A plan that uses this part of its margin is as good as the next one."""
 MOST_TRIALS = 8
 _WORTH_A_TRIAL = 0.99
