@@ -15,35 +15,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def to_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> Tensor:
+def to_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """(B, H, prod(grid), D) in rows -> (B, H, tokens, D) tile by tile. Where a tile reaches beyond the grid there are
-    zeros, which a mask has to hide: `inside`.
+    zeros, which a mask has to hide: `inside`. Along an axis with a dilation the coordinates of one residue after the
+    other stand side by side, each with whole tiles.
     """
-    whole = _whole(grid, tile)
+    rank, dilation = len(tile), dilation or [1] * len(tile)
+    whole = _whole(grid, tile, dilation)
     boxes = x.unflatten(2, tuple(grid))
-    lacking = [n for size, full in zip(reversed(grid), reversed(whole), strict=True) for n in (0, full - size)]
-    boxes = F.pad(boxes, (0, 0, *lacking))
-    for axis, side in reversed(list(enumerate(tile))):
-        boxes = boxes.unflatten(2 + axis, (-1, side))
-    rank = len(tile)
-    order = [2 * axis + 2 for axis in range(rank)] + [2 * axis + 3 for axis in range(rank)]
-    tiled: Tensor = boxes.permute(0, 1, *order, 2 * rank + 2).flatten(2, -2)
+    if whole != list(grid):
+        lacking = zip(reversed(grid), reversed(whole), strict=True)
+        boxes = F.pad(boxes, (0, 0, *(n for size, full in lacking for n in (0, full - size))))
+    for axis in reversed(range(rank)):
+        boxes = boxes.unflatten(2 + axis, (-1, tile[axis], dilation[axis]))
+    places = range(2, 2 + 3 * rank, 3)
+    order = [place for first in places for place in (first + 2, first)] + [first + 1 for first in places]
+    tiled: Tensor = boxes.permute(0, 1, *order, -1).flatten(2, -2)  # the only copy
     return tiled
 
 
-def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int]) -> Tensor:
+def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """The inverse: (B, H, tokens, D) tile by tile -> (B, H, prod(grid), D) in rows."""
-    whole, rank = _whole(grid, tile), len(tile)
-    counts = [full // side for full, side in zip(whole, tile, strict=True)]
-    boxes = x.unflatten(2, (*counts, *tile))
-    order = [2 + axis + half * rank for axis in range(rank) for half in (0, 1)]
-    boxes = boxes.permute(0, 1, *order, 2 * rank + 2)
-    for axis in range(rank):
-        boxes = boxes.flatten(2 + axis, 3 + axis)
+    rank, dilation = len(tile), dilation or [1] * len(tile)
+    whole = _whole(grid, tile, dilation)
+    outer = [n for axis, full in enumerate(whole) for n in (dilation[axis], full // dilation[axis] // tile[axis])]
+    order = [place for axis in range(rank) for place in (3 + 2 * axis, 2 + 2 * rank + axis, 2 + 2 * axis)]
+    rows: Tensor = x.unflatten(2, (*outer, *tile)).permute(0, 1, *order, -1).reshape(*x.shape[:2], *whole, -1)
     for axis, size in enumerate(grid):
-        boxes = boxes.narrow(2 + axis, 0, size)
-    rows: Tensor = boxes.flatten(2, -2)
-    return rows
+        rows = rows.narrow(2 + axis, 0, size)
+    return rows.flatten(2, -2)
 
 
 def coordinates(i: Any, grid: Sequence[int], tile: Sequence[int]) -> list[Any]:
@@ -66,5 +66,6 @@ def inside(places: Sequence[Any], grid: Sequence[int]) -> Any:
     return seen
 
 
-def _whole(grid: Sequence[int], tile: Sequence[int]) -> list[int]:
-    return [-(-size // side) * side for size, side in zip(grid, tile, strict=True)]
+def _whole(grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> list[int]:
+    steps = [side * step for side, step in zip(tile, dilation or [1] * len(tile), strict=True)]
+    return [-(-size // step) * step for size, step in zip(grid, steps, strict=True)]

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rewriter.codegen.formula import IndexFunction
 from rewriter.codegen.grid import coordinates, from_tiles, to_tiles
@@ -143,28 +142,17 @@ def folded(layout: Layout, rules: Rules, box: Sequence[int]) -> list[int]:
 
 def to_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
     """(B, H, tokens, D) as they lie -> (B, H, more tokens, D) box by box; zeros, or False, where a box is not full."""
-    whole = folded(layout, rules, box)
     front, rows, back = x.split([layout.front, math.prod(layout.sides), layout.back], 2)
-    rows = rows.unflatten(2, layout.sides)
-    lacking = [n for size, full in zip(reversed(layout.sides), reversed(whole), strict=True) for n in (0, full - size)]
-    rows = F.pad(rows, (0, 0, *lacking))
-    for axis, rule in enumerate(rules, 2):
-        if rule.dilation > 1:
-            rows = rows.unflatten(axis, (-1, rule.dilation)).transpose(axis, axis + 1).flatten(axis, axis + 1)
-    return torch.cat([to_tiles(rows.flatten(2, -2), whole, box), front, back], 2)
+    rows = to_tiles(rows, layout.sides, box, [rule.dilation for rule in rules])
+    return torch.cat([rows, front, back], 2) if layout.front or layout.back else rows
 
 
 def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
     """The inverse of `to_boxes`."""
-    whole = folded(layout, rules, box)
-    count = math.prod(whole)
-    rows = from_tiles(x[:, :, :count], whole, box).unflatten(2, whole)
-    for axis, (rule, size) in enumerate(zip(rules, layout.sides, strict=True), 2):
-        if rule.dilation > 1:
-            rows = rows.unflatten(axis, (rule.dilation, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
-        rows = rows.narrow(axis, 0, size)
+    count = math.prod(folded(layout, rules, box))
+    rows = from_tiles(x[:, :, :count], layout.sides, box, [rule.dilation for rule in rules])
     front, back = x[:, :, count:].split([layout.front, layout.back], 2)
-    return torch.cat([front, rows.flatten(2, -2), back], 2)
+    return torch.cat([front, rows, back], 2) if layout.front or layout.back else rows
 
 
 @cache
