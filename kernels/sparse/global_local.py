@@ -12,9 +12,10 @@ w, u = 1 and m = 0 at the start, for each key/value head: the paper's embedder b
 log(c_n) gives a block the weight of its tokens, so that nothing changes where keys and values of a block are equal.
 Exact while all keys are in one block; else w, u and m are fitted. Padding counts for nothing.
 
-Blocks are counted from the first key: a finished one does not change while a cache grows. Work is O(N (b + N / b)),
-memory O(N). The host's cache still holds all keys, of which a decoder needs one for each finished block and those of
-the last one: `GlobalLocal.embedded` makes them.
+Blocks are counted from the first key: a finished one does not change while a cache grows. Work is O(N (r + N / b)) with
+r = max(b, 256), the queries of one call, which are scored against their own keys; memory O(N). The host's cache still
+holds all keys, and a step of decoding reads them all to make the blocks anew: `GlobalLocal.embedded` gives what a cache
+would have to keep, one key for each finished block and those of the last one.
 """
 
 from __future__ import annotations
