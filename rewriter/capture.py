@@ -59,8 +59,8 @@ def _is_buffer(placeholder: fx.Node) -> bool:
     """Did dynamo take this input from the buffers of a module?"""
     argument = placeholder.meta.get("grapharg")
     name = getattr(getattr(argument, "source", None), "name", "")
-    # The second way is that of modules with a `__getattr__` of their own.
-    return any(way in str(name() if callable(name) else name) for way in ("._buffers[", ".__dict__['_buffers']["))
+    said = str(name() if callable(name) else name)
+    return "._buffers[" in said or ".__dict__['_buffers'][" in said  # that of a module with a `__getattr__` of its own
 
 
 def _forget_written_buffers(graph: Graph) -> None:

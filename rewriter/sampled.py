@@ -224,11 +224,9 @@ def place(gm: Graph, matches: list[SampledMatch], chosen: Mapping[str, Implement
             size = match.sizes(emit, lambda node: node)
             given = match.samples(emit, lambda node: node, size)
             call = gm.graph.call_module(name, given.given)
-            maps, weights = ([each.meta["val"] for each in part] for part in (given.maps, [given.weights]))
-            batch, heads, queries, _ = weights[0].shape
-            with gm.graph.inserting_before(match.output):
-                call.meta = {k: v for k, v in match.output.meta.items() if k in ("stack_trace", "nn_module_stack")}
-                call.meta["val"] = maps[0].new_empty(batch, queries, heads, maps[0].shape[4]).transpose(1, 2)
+            level, (batch, heads, queries, _) = value_of(given.maps[0]), value_of(given.weights).shape
+            call.meta = {k: v for k, v in match.output.meta.items() if k in ("stack_trace", "nn_module_stack")}
+            call.meta["val"] = level.new_empty(batch, queries, heads, level.shape[4]).transpose(1, 2)
             result = match.scattered(emit, call, size)
         match.output.replace_all_uses_with(result)
         if needs_strides(result):

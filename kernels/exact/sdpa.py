@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.codegen.formula import ELEMENTS, Formula, of_site
-from rewriter.codegen.implementation import defined, gathered, generated
+from rewriter.codegen.implementation import defined, generated
 from rewriter.site import AttentionSite, Causal, Chunked, Dense, Full, Mask, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
@@ -76,10 +76,8 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
 
 
 def plain(site: AttentionSite, config: Config) -> Implementation:
-    """`torch.nn.functional.scaled_dot_product_attention`, or the mathematics of what that does not compute."""
-    if site.elements <= {"bias"}:
-        return partial(attend, scale=site.scale, positional=site.mask.positional)
-    return gathered(formula)(site, config)
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    return partial(attend, scale=site.scale, positional=site.mask.positional)
 
 
 _SITE = AttentionSite(
@@ -94,7 +92,7 @@ VARIANT = Variant(
     reference=defined(formula),
     applies=applies,
     configs=configs,
-    build=generated(formula, plain),
+    build=generated(formula, plain, computes=frozenset({"bias"})),
     formula=formula,
     cases=[
         Case(site=_SITE),

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.codegen.formula import ELEMENTS, Formula, of_site
-from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import defined, generated
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
@@ -146,9 +145,7 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
 
 
 def gathered(site: AttentionSite, config: Config) -> Implementation:
-    """The block loop, in plain PyTorch; where scores go through more, what there is for every formula."""
-    if site.elements:
-        return Gathered(formula(site, config), site.scale)
+    """The block loop, in plain PyTorch."""
     window, sinks = int(config["window"]), int(config["sinks"])
     return partial(attend, scale=site.scale, causal=site.mask.positional == Causal(), window=window, sinks=sinks)
 

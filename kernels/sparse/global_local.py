@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriter.errors import OptionError
-from rewriter.site import AttentionSite, Causal, Dense, Padding, Refusal, SlidingWindow
+from rewriter.kernels.exact import sdpa
+from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
 
@@ -91,17 +92,13 @@ class GlobalLocal(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal, and `padding`."""
-        (kv_len, past), v_width = (key.shape[2], key.shape[2] - query.shape[2]), value.shape[3]
+        kv_len, past = key.shape[2], key.shape[2] - query.shape[2]
         real = key.new_ones(key.shape[0], kv_len, dtype=torch.bool) if padding is None else padding
         blocks, values, counts = self.embedded(key, value, real)
-        if query.shape[3] != v_width and query.device.type == "cpu":  # unequal widths are not fused
-            width = max(query.shape[3], v_width)
-            query, key, value, blocks, values = (
-                F.pad(t, (0, width - t.shape[3])) for t in (query, key, value, blocks, values)
-            )
-        grouped, groups = bool(query.shape[1] != key.shape[1]), query.shape[1] // key.shape[1]
         mass = counts.clamp(min=1).log()[:, None] + self.mass[:, None]
-        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
+        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(
+            query.shape[1] // key.shape[1], 1
+        )
         step, start, out = max(_ROWS // self.block, 1) * self.block, past, []
         while start < kv_len:
             first = start // self.block * self.block  # of the block, which may begin before the queries
@@ -112,17 +109,18 @@ class GlobalLocal(nn.Module):
             far = mass[:, :, None, :before].masked_fill(n >= i // self.block, float("-inf"))
             seen = (j <= i) & (i // self.block == j // self.block) & real[:, None, None, first:stop]
             near = far.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(-1, far.shape[1], -1, -1)
-            o = F.scaled_dot_product_attention(
+            o = sdpa.attend(
                 query[:, :, start - past : stop - past],
                 torch.cat([blocks[:, :, :before], key[:, :, first:stop]], 2),
                 torch.cat([values[:, :, :before], value[:, :, first:stop]], 2),
-                torch.cat([far, near], -1).to(query.dtype),
+                torch.cat([far, near], -1),
+                None,
                 scale=self.scale,
-                enable_gqa=grouped,
+                positional=Full(),
             )
             out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
             start = stop
-        return torch.cat(out, 1).transpose(1, 2)[..., :v_width]
+        return torch.cat(out, 1).transpose(1, 2)
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.codegen.formula import ELEMENTS, Formula, of_site
-from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import defined, generated
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
@@ -141,9 +140,7 @@ def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
 
 
 def gathered(site: AttentionSite, config: Config) -> Implementation:
-    """Keys gathered for each head, in plain PyTorch; where scores go through more, what there is for every formula."""
-    if site.elements:
-        return Gathered(formula(site, config), site.scale)
+    """Keys gathered for each head, in plain PyTorch."""
     return partial(attend, scale=site.scale, pattern=numbers(site, config))
 
 

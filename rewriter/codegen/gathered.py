@@ -60,28 +60,31 @@ class _Call:
     def rows(self, first: int, visits: Tensor) -> Tensor:
         """Blocks of queries from the first on, and their part of `_visits`."""
         query = self.query[:, :, first : first + visits.shape[2] * _BLOCK]
-        seen = (visits > 0).any(2).any(1).any(0).nonzero()[:, 0]
+        visited = visits > 0
+        seen = visited.any(2).any(1).any(0).nonzero()[:, 0]
         if len(seen) == 0:
             return query.new_zeros(*query.shape[:3], self.value.shape[3])
         low, high = int(seen[0]), int(seen[-1]) + 1
-        if high - low <= _NO_COPY * int((visits > 0).sum(3).max()):  # nearly all of them see nearly the same
+        most = int(visited.sum(3).max())
+        if high - low <= _NO_COPY * most:  # nearly all of them see nearly the same
             return self._of_slice(query, first, slice(low * _BLOCK, high * _BLOCK))
-        return self._of_copies(query, first, visits)
+        order = visited.to(torch.uint8).argsort(dim=3, descending=True, stable=True)[..., :most]
+        return self._of_copies(query, first, order, visits.gather(3, order))
 
     def _of_slice(self, query: Tensor, first: int, keys: slice) -> Tensor:
         row = torch.arange(first, first + query.shape[2], device=query.device).view(1, 1, -1, 1)
         j = torch.arange(self.key.shape[2], device=query.device)[keys].view(1, 1, 1, -1)
         return self._attended(query, self.key[:, :, keys], self.value[:, :, keys], self._places(row, j))
 
-    def _of_copies(self, query: Tensor, first: int, visits: Tensor) -> Tensor:
-        """Each block of queries is a sequence of its own: (B, H, blocks * 64, D) -> (B * blocks, H, 64, D)."""
+    def _of_copies(self, query: Tensor, first: int, order: Tensor, visits: Tensor) -> Tensor:
+        """Each block of queries is a sequence of its own: (B, H, blocks * 64, D) -> (B * blocks, H, 64, D). `order`: the
+        blocks of keys that it sees, with the `visits` of each, and others where it sees fewer.
+        """
         (batch, heads, length, _), (kv_heads, kv_len), blocks = query.shape, self.key.shape[1:3], visits.shape[2]
         query = F.pad(query, (0, 0, 0, blocks * _BLOCK - length)).unflatten(2, (blocks, _BLOCK))
-        most = int((visits > 0).sum(3).max())
-        order = (visits > 0).to(torch.uint8).argsort(dim=3, descending=True, stable=True)[..., :most]
         within = torch.arange(_BLOCK, device=query.device)
         j = (order[..., None] * _BLOCK + within).flatten(3)
-        real = (visits.gather(3, order) > 0).repeat_interleave(_BLOCK, 3) & (j < kv_len)
+        real = (visits > 0).repeat_interleave(_BLOCK, 3) & (j < kv_len)
         j = j.clamp(max=kv_len - 1)
         copied = heads if visits.shape[1] > 1 else kv_heads
         b, h = (torch.arange(n, device=query.device) for n in (batch, copied))

@@ -21,11 +21,11 @@ def to_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequ
     other stand side by side, each with whole tiles.
     """
     rank, dilation = len(tile), dilation or [1] * len(tile)
-    whole = _whole(grid, tile, dilation)
+    full = whole(grid, tile, dilation)
     boxes = x.unflatten(2, tuple(grid))
-    if whole != list(grid):
-        lacking = zip(reversed(grid), reversed(whole), strict=True)
-        boxes = F.pad(boxes, (0, 0, *(n for size, full in lacking for n in (0, full - size))))
+    if full != list(grid):
+        lacking = zip(reversed(grid), reversed(full), strict=True)
+        boxes = F.pad(boxes, (0, 0, *(n for size, more in lacking for n in (0, more - size))))
     for axis in reversed(range(rank)):
         boxes = boxes.unflatten(2 + axis, (-1, tile[axis], dilation[axis]))
     places = range(2, 2 + 3 * rank, 3)
@@ -37,10 +37,10 @@ def to_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequ
 def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """The inverse: (B, H, tokens, D) tile by tile -> (B, H, prod(grid), D) in rows."""
     rank, dilation = len(tile), dilation or [1] * len(tile)
-    whole = _whole(grid, tile, dilation)
-    outer = [n for axis, full in enumerate(whole) for n in (dilation[axis], full // dilation[axis] // tile[axis])]
+    full = whole(grid, tile, dilation)
+    outer = [n for axis, size in enumerate(full) for n in (dilation[axis], size // dilation[axis] // tile[axis])]
     order = [place for axis in range(rank) for place in (3 + 2 * axis, 2 + 2 * rank + axis, 2 + 2 * axis)]
-    rows: Tensor = x.unflatten(2, (*outer, *tile)).permute(0, 1, *order, -1).reshape(*x.shape[:2], *whole, -1)
+    rows: Tensor = x.unflatten(2, (*outer, *tile)).permute(0, 1, *order, -1).reshape(*x.shape[:2], *full, -1)
     for axis, size in enumerate(grid):
         rows = rows.narrow(2 + axis, 0, size)
     return rows.flatten(2, -2)
@@ -48,7 +48,7 @@ def from_tiles(x: Tensor, grid: Sequence[int], tile: Sequence[int], dilation: Se
 
 def coordinates(i: Any, grid: Sequence[int], tile: Sequence[int]) -> list[Any]:
     """Where token `i` of the permuted sequence stands, axis by axis; for use in functions of indices."""
-    counts = [full // side for full, side in zip(_whole(grid, tile), tile, strict=True)]
+    counts = [full // side for full, side in zip(whole(grid, tile), tile, strict=True)]
     box, within = i // math.prod(tile), i % math.prod(tile)
     found = []
     for axis, side in enumerate(tile):
@@ -66,6 +66,7 @@ def inside(places: Sequence[Any], grid: Sequence[int]) -> Any:
     return seen
 
 
-def _whole(grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> list[int]:
+def whole(grid: Sequence[int], tile: Sequence[int], dilation: Sequence[int] | None = None) -> list[int]:
+    """The sides of the grid, each residue of an axis filled up to whole tiles."""
     steps = [side * step for side, step in zip(tile, dilation or [1] * len(tile), strict=True)]
     return [-(-size // step) * step for size, step in zip(grid, steps, strict=True)]

@@ -49,23 +49,22 @@ def defined(formula: FormulaOf) -> Callable[..., Tensor]:
     return reference
 
 
-def gathered(formula: FormulaOf) -> Build:
-    """In plain PyTorch, in blocks of queries with copies of the keys that they see."""
-
-    def build(site: AttentionSite, config: Config) -> Implementation:
-        return Gathered(formula(site, config), site.scale)
-
-    return build
-
-
-def generated(formula: FormulaOf, plain: Build | None = None, reads: Reads | None = None) -> Build:
+def generated(
+    formula: FormulaOf,
+    plain: Build | None = None,
+    reads: Reads | None = None,
+    *,
+    computes: frozenset[str] = frozenset(),
+) -> Build:
     """The implementation of a formula. `plain` serves where nothing is generated: where derivatives are wanted on a
-    CPU, without a compiler, and wherever it is faster.
+    CPU, without a compiler, and wherever it is faster. Of a site's elements it `computes` these; where scores go through
+    others, and where there is none, blocks of queries with copies of the keys that they see take its place.
     """
-    otherwise = plain or gathered(formula)
 
     def build(site: AttentionSite, config: Config) -> Implementation:
-        return Generated(formula(site, config), site, otherwise(site, config), reads)
+        own = formula(site, config)
+        otherwise = plain(site, config) if plain and site.elements <= computes else Gathered(own, site.scale)
+        return Generated(own, site, otherwise, reads)
 
     return build
 

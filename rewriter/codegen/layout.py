@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rewriter.codegen.formula import IndexFunction
-from rewriter.codegen.grid import coordinates, from_tiles, to_tiles
+from rewriter.codegen.grid import coordinates, from_tiles, to_tiles, whole
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal
 from rewriter.variant import Config
@@ -136,15 +136,14 @@ def numbers(config: Config, name: str, rank: int, default: int = 0) -> list[int]
 
 def folded(layout: Layout, rules: Rules, box: Sequence[int]) -> list[int]:
     """The sides with the residues of each axis apart, each filled up to whole boxes."""
-    counts = (-(-size // rule.dilation) for size, rule in zip(layout.sides, rules, strict=True))
-    return [rule.dilation * -(-n // side) * side for n, rule, side in zip(counts, rules, box, strict=True)]
+    return whole(layout.sides, box, [rule.dilation for rule in rules])
 
 
 def to_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
     """(B, H, tokens, D) as they lie -> (B, H, more tokens, D) box by box; zeros, or False, where a box is not full."""
     front, rows, back = x.split([layout.front, math.prod(layout.sides), layout.back], 2)
     rows = to_tiles(rows, layout.sides, box, [rule.dilation for rule in rules])
-    return torch.cat([rows, front, back], 2) if layout.front or layout.back else rows
+    return torch.cat([rows, front, back], 2) if layout.free else rows
 
 
 def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
@@ -152,19 +151,19 @@ def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> T
     count = math.prod(folded(layout, rules, box))
     rows = from_tiles(x[:, :, :count], layout.sides, box, [rule.dilation for rule in rules])
     front, back = x[:, :, count:].split([layout.front, layout.back], 2)
-    return torch.cat([front, rows, back], 2) if layout.front or layout.back else rows
+    return torch.cat([front, rows, back], 2) if layout.free else rows
 
 
 @cache
 def seeing(layout: Layout, rules: Rules, box: tuple[int, ...] | None = None) -> IndexFunction:
     """The mask as a function of indices: of tokens as they lie, or in the order of these boxes."""
-    whole = folded(layout, rules, box) if box else layout.sides
-    count = math.prod(whole)
+    sides = folded(layout, rules, box) if box else layout.sides
+    count = math.prod(sides)
 
     def placed(t: Any) -> list[Place]:
-        found = coordinates(t if box else t - layout.front, whole, box or (1,) * len(rules))
+        found = coordinates(t if box else t - layout.front, sides, box or (1,) * len(rules))
         places = []
-        for x, rule, size in zip(found, rules, whole, strict=True):
+        for x, rule, size in zip(found, rules, sides, strict=True):
             steps, n = size // rule.dilation, rule.dilation
             if n == 1:
                 places.append(Place(0, x))
