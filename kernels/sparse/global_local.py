@@ -95,10 +95,8 @@ class GlobalLocal(nn.Module):
         kv_len, past = key.shape[2], key.shape[2] - query.shape[2]
         real = key.new_ones(key.shape[0], kv_len, dtype=torch.bool) if padding is None else padding
         blocks, values, counts = self.embedded(key, value, real)
-        mass = counts.clamp(min=1).log()[:, None] + self.mass[:, None]
-        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(
-            query.shape[1] // key.shape[1], 1
-        )
+        mass, groups = counts.clamp(min=1).log()[:, None] + self.mass[:, None], query.shape[1] // key.shape[1]
+        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
         step, start, out = max(_ROWS // self.block, 1) * self.block, past, []
         while start < kv_len:
             first = start // self.block * self.block  # of the block, which may begin before the queries

@@ -77,8 +77,8 @@ class _Call:
         return self._attended(query, self.key[:, :, keys], self.value[:, :, keys], self._places(row, j))
 
     def _of_copies(self, query: Tensor, first: int, order: Tensor, visits: Tensor) -> Tensor:
-        """Each block of queries is a sequence of its own: (B, H, blocks * 64, D) -> (B * blocks, H, 64, D). `order`: the
-        blocks of keys that it sees, with the `visits` of each, and others where it sees fewer.
+        """Each block of queries is a sequence of its own: (B, H, blocks * 64, D) -> (B * blocks, H, 64, D). `order` has
+        the blocks of keys that it sees, with the `visits` of each, and others where it sees fewer.
         """
         (batch, heads, length, _), (kv_heads, kv_len), blocks = query.shape, self.key.shape[1:3], visits.shape[2]
         query = F.pad(query, (0, 0, 0, blocks * _BLOCK - length)).unflatten(2, (blocks, _BLOCK))

@@ -57,7 +57,7 @@ def generated(
     computes: frozenset[str] = frozenset(),
 ) -> Build:
     """The implementation of a formula. `plain` serves where nothing is generated: where derivatives are wanted on a
-    CPU, without a compiler, and wherever it is faster. Of a site's elements it `computes` these; where scores go through
+    CPU, without a compiler, and wherever it is faster. Of a site's elements it `computes` these. Where scores pass
     others, and where there is none, blocks of queries with copies of the keys that they see take its place.
     """
 
