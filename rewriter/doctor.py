@@ -15,7 +15,7 @@ import torch
 from rewriter.cache import cache_dir
 from rewriter.codegen import native
 from rewriter.convert.checkpoint import cause
-from rewriter.target import Target
+from rewriter.target import Target, multiplies_bfloat16
 from rewriter.variant import variants
 
 
@@ -41,6 +41,8 @@ def examine(compile_probe: bool = True) -> Iterator[Check]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     yield Check("device", True, f"{device} ({name})")
     yield Check("capability", True, Target.current(device).capability)
+    if device == "cpu" and not multiplies_bfloat16():
+        yield Check("bfloat16", True, "emulated by this CPU: models are faster in float32")
     compiler = native.compiler()
     without = "no g++, clang++ or $CXX: kernels in C++ and torch.compile's inductor are out of reach, PyTorch's remain"
     yield Check("C++ compiler", compiler is not None, compiler or without)

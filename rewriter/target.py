@@ -53,6 +53,11 @@ class Target:
         return asdict(self)
 
 
+def multiplies_bfloat16() -> bool:
+    """Has this CPU products of matrices in bfloat16? Otherwise PyTorch emulates them, several times slower."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @cache
 def _cpu() -> str:
     """The model, as the system names it: two of one capability differ in speed."""

@@ -183,6 +183,14 @@ def test_doctor_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found["C++ compiler"].ok and "out of reach" in found["C++ compiler"].found
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_doctor_says_where_bfloat16_is_emulated(monkeypatch: pytest.MonkeyPatch, multiplies: bool) -> None:
+    monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {check.name for check in doctor.examine(compile_probe=False)}
+    assert ("bfloat16" in found) is not multiplies
+
+
 def test_doctor_survives_a_broken_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("no compiler\nat all")

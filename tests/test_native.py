@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewriter.bench import kernels
+from rewriter.bench.tables import kernels_markdown
 from rewriter.codegen import cpp, native
 from rewriter.codegen.blocks import Lists
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, shown, tokens
@@ -63,6 +65,21 @@ CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, dtype: torch.dtype) -> None:
+    check_kernel(name, dtype)
+
+
+@pytest.mark.parametrize("name", ["more queries than keys", "window", "odd head size", "sigmoid"])
+def test_kernels_of_a_cpu_without_products_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They multiply in float32, and are rounded once, at the end."""
+    monkeypatch.setattr(native, "_multiplies", lambda dtype: False)
+    for each in (native.load, cpp.kernel):
+        each.cache_clear()
+    check_kernel(name, torch.bfloat16)
+    for each in (native.load, cpp.kernel):
+        each.cache_clear()
+
+
+def check_kernel(name: str, dtype: torch.dtype) -> None:
     formula, facts, tensors = CASES[name]
     sizes = {"q_len": 117, "kv_len": 133, "width": 16, "v_width": 16, "scale": 0.3} | facts
     shapes = (4, sizes["q_len"], sizes["width"]), (2, sizes["kv_len"], sizes["width"])
@@ -288,3 +305,14 @@ def test_a_new_function_is_a_kernel_everywhere() -> None:
     assert error(kernel(query, query, query, runs.first, runs.runs, scale=0.2), expected) <= tolerance(torch.float32)
     text = source(formula, Blocks(), head_dim=32, v_head_dim=32, dtype=torch.float32, kinds={})
     assert "remainder((i - j), 5)" in text or "remainder(t" in text
+
+
+def test_the_bench_says_what_this_machine_has_no_kernel_for() -> None:
+    def run() -> Tensor:
+        return torch.ones(2)
+
+    there, lacking = kernels._timed("dense", 2, torch.float32, 1, {"SDPA": run, "generated C++": Refusal("why")}, 9.0)
+    assert there.milliseconds is not None and there.faster is None  # it runs alone
+    assert lacking.milliseconds is None and lacking.reason == "why"
+    table = kernels_markdown([there, lacking, lacking])
+    assert "| generated C++ | - | - |" in table and table.count("-: why.") == 1

@@ -122,7 +122,7 @@ HOSTS = {
     for host in (
         Host(
             name="lm",
-            title=f"{LM_TITLE}, bf16",
+            title=f"{LM_TITLE}, {lm.NAME}",
             packages=(LM, TEXTS),
             load=lambda: lm.load("sdpa"),
             pieces=_continued,

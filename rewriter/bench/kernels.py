@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,25 @@ HEADS, WIDTH, WINDOW = 8, 64, 256
 _BLOCK = 64
 """Of the random block-sparse mask: what one element of its table stands for."""
 
-Runs = dict[str, Callable[[], Tensor]]
+Runs = dict[str, Callable[[], Tensor] | Refusal]
 
 
 @dataclass(frozen=True)
 class Row:
     """One implementation in one case: the median of its milliseconds, of the ratios to the first one in the same round
     (None where it runs alone), the largest ratio that the kept share of the scores allows, and its peak memory beyond
-    inputs and output in MiB.
+    inputs and output in MiB. Without milliseconds, `reason` says why this CPU has none.
     """
 
     case: str
     tokens: int
     dtype: str
     implementation: str
-    milliseconds: float
-    faster: float | None
-    ideal: float | None
-    memory: float | None
+    milliseconds: float | None = None
+    faster: float | None = None
+    ideal: float | None = None
+    memory: float | None = None
+    reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,11 +81,15 @@ def site_of(tokens: int, dtype: str, mask: Mask) -> AttentionSite:
     )  # fmt: skip
 
 
-def native(formula: Formula, query: Tensor, key: Tensor, value: Tensor, **tensors: Tensor) -> Callable[[], Tensor]:
-    """A call of the generated C++, whose last queries agree with the definition. Raises `RewriterError` otherwise."""
+def native(
+    formula: Formula, query: Tensor, key: Tensor, value: Tensor, **tensors: Tensor
+) -> Callable[[], Tensor] | Refusal:
+    """A call of the generated C++, whose last queries agree with the definition (RewriterError otherwise), or why this
+    machine has none.
+    """
     made = cpp.attention(formula, query, value, tensors)
     if isinstance(made, Refusal):
-        raise RewriterError(str(made))
+        return made
     scale = query.shape[3] ** -0.5
     with torch.no_grad():
         expected = formula.reference(query[:, :, -_BLOCK:].double(), key.double(), value.double(), scale, **tensors)
@@ -168,20 +173,24 @@ def _linear(tokens: int, dtype: torch.dtype, beside: bool) -> Runs:
 
 
 def _timed(case: str, tokens: int, dtype: torch.dtype, repeats: int, runs: Runs, ideal: float | None) -> Iterator[Row]:
-    names = list(runs)
+    there = {name: run for name, run in runs.items() if not isinstance(run, Refusal)}
     with torch.no_grad():
-        _check(case, runs, dtype)
-        times = alternate(list(runs.values()), repeats=repeats)
-        memory = [peak_memory(run) for run in runs.values()]
-    for name, taken, peak in zip(names, times, memory, strict=True):
+        _check(case, there, dtype)
+        times = alternate(list(there.values()), repeats=repeats)
+        memory = [peak_memory(run) for run in there.values()]
+    measured = dict(zip(there, zip(times, memory, strict=True), strict=True))
+    for name, run in runs.items():
+        row = Row(case, tokens, str(dtype)[6:], name, ideal=ideal if name == "generated C++" else None)
+        if isinstance(run, Refusal):
+            yield replace(row, reason=str(run))
+            continue
+        taken, peak = measured[name]
         ratio = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
-        yield Row(
-            case, tokens, str(dtype)[6:], name, statistics.median(taken) * 1e3, ratio if len(runs) > 1 else None,
-            ideal if name == "generated C++" else None, peak,
-        )  # fmt: skip
+        faster = ratio if len(there) > 1 else None
+        yield replace(row, milliseconds=statistics.median(taken) * 1e3, faster=faster, memory=peak)
 
 
-def _check(case: str, runs: Runs, dtype: torch.dtype) -> None:
+def _check(case: str, runs: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
     """Those that compute the same must agree before any is timed: all local ones, and all dense ones. Of block-sparse
     and linear ones there is one, which agrees with its definition.
     """

@@ -158,8 +158,7 @@ def kernel_rows(measured: Iterable[Row]) -> list[tuple[str, ...]]:
             f"{row.tokens:,}",
             row.dtype,
             row.implementation,
-            f"{row.milliseconds:.1f}",
-            f"{row.milliseconds / row.tokens * 1e3:.2f}",
+            *((f"{ms:.1f}", f"{ms / row.tokens * 1e3:.2f}") if (ms := row.milliseconds) is not None else ("-", "-")),
             f"{row.faster:.2f}x" if row.faster else "",
             f"{row.ideal:.1f}x" if row.ideal else "",
             f"{row.memory:.1f}" if row.memory is not None else "",
@@ -170,12 +169,19 @@ def kernel_rows(measured: Iterable[Row]) -> list[tuple[str, ...]]:
 
 def kernels_markdown(measured: Iterable[Row]) -> str:
     """The table of the kernels' bench."""
-    return as_markdown(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND)
+    measured = list(measured)
+    return as_markdown(KERNEL_COLUMNS, kernel_rows(measured), _kernel_legend(measured))
 
 
 def print_kernels(measured: Iterable[Row], console: Console) -> None:
     """The same for a terminal."""
-    print_table(KERNEL_COLUMNS, kernel_rows(measured), KERNEL_LEGEND, console)
+    measured = list(measured)
+    print_table(KERNEL_COLUMNS, kernel_rows(measured), _kernel_legend(measured), console)
+
+
+def _kernel_legend(measured: Iterable[Row]) -> str:
+    """And, once each, why some have no time."""
+    return " ".join([KERNEL_LEGEND, *dict.fromkeys(f"-: {row.reason}." for row in measured if row.reason)])
 
 
 VARIANT_COLUMNS = ("case", "tokens", "type", "variant", "ms", "faster", "work", "ideal", "reached", "MiB")

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -51,6 +51,7 @@ class Spec:
     score       a C++ expression for the new score, from the scaled one `s` (float) and the same four
     captures    (name, dtype as torch prints it, rank from 1) of tensors that both may read, as in `padding(b, j)`
     width       how many scores of a query are held at a time
+    wide        products of matrices take float32 in place of a narrower `dtype`, as `load` has it on CPUs without one
 
     Both may also read `q_len` and `kv_len` and call exp, exp2, tanh, sigmoid and abs, which become vector code.
     """
@@ -65,6 +66,7 @@ class Spec:
     block_m: int = 64
     block_n: int = 64
     width: int = 512
+    wide: bool = False
 
     def refusal(self) -> Refusal | None:
         """What there is no source for."""
@@ -136,19 +138,34 @@ def load(spec: Spec) -> Kernel | Refusal:
     """The kernel of a spec, built if need be. A refusal says what is missing, or what the compiler did not take."""
     if (refusal := spec.refusal()) is not None:
         return refusal
-    library = build(source(spec))
-    if isinstance(library, Refusal):
-        return library
-    try:
-        loaded = ctypes.CDLL(str(library))
-    except OSError as cause:
-        return Refusal(f"{library} cannot be loaded: {cause}")
+    if spec.dtype != "float32" and not _multiplies(spec.dtype):
+        spec = replace(spec, wide=True)
+    loaded = _loaded(spec)
+    if isinstance(loaded, Refusal):
+        return loaded
     if not loaded.rewriter_supported():
         return Refusal(f"this CPU, as oneDNN sees it, has no product of matrices in {spec.dtype}")
     entry = loaded.rewriter_attend
     entry.restype = ctypes.c_char_p
     entry.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64), ctypes.c_float]
     return Kernel(spec, entry)
+
+
+def _loaded(spec: Spec) -> ctypes.CDLL | Refusal:
+    library = build(source(spec))
+    if isinstance(library, Refusal):
+        return library
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as cause:
+        return Refusal(f"{library} cannot be loaded: {cause}")
+
+
+@cache
+def _multiplies(dtype: str) -> bool:
+    """Has this CPU products of matrices in this type? A small kernel is built to ask: oneDNN has no other answer."""
+    asked = _loaded(Spec(head_dim=16, v_head_dim=16, dtype=dtype))
+    return isinstance(asked, Refusal) or bool(asked.rewriter_supported())
 
 
 @dataclass(frozen=True)
@@ -256,4 +273,4 @@ class Kernel:
 
 def _padded(spec: Spec) -> int:
     """The head size that the kernel works on: products in bfloat16 take pairs."""
-    return spec.head_dim + spec.head_dim % 2 if spec.dtype == "bfloat16" else spec.head_dim
+    return spec.head_dim + spec.head_dim % 2 if spec.dtype == "bfloat16" and not spec.wide else spec.head_dim

@@ -16,9 +16,12 @@ from rewriter.demo.assets import LM_TITLE, lm_folder, long_text
 from rewriter.demo.part import Accuracy, Part, Working, compared, report_on
 from rewriter.guard import evaluate
 from rewriter.metrics import BUILT_IN
+from rewriter.target import multiplies_bfloat16
 from rewriter.terminal import Advance
 
-DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+"""Of the weights."""
+NAME = {torch.bfloat16: "bf16", torch.float32: "float32"}[DTYPE]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def exact_prefill(sizes: Sizes, ids: Tensor, advance: Advance) -> Part:
     accuracy = perplexities(original, result, ids, "", advance)
     advance("timing", 0, None)
     return Part(
-        f"{LM_TITLE}, bf16, loaded with eager attention; exact rewrites only",
+        f"{LM_TITLE}, {NAME}, loaded with eager attention; exact rewrites only",
         report_on(result), took,
         timings=compared(original, result, {f"prefill of {sizes.short:,} tokens": prompt(ids)}, sizes.timing),
         accuracy=[accuracy],
@@ -83,7 +86,7 @@ def long_context(sizes: Sizes, blocks: list[Tensor], fresh: Tensor, max_drop: fl
     advance("timing", 0, None)
     calls = {f"prefill of {n:,} tokens": prompt(fresh[:, :n]) for n in (sizes.short, sizes.long)}
     return Part(
-        f"{LM_TITLE}, bf16, loaded with fused (SDPA) attention; perplexity may rise by {100 * max_drop:g}%",
+        f"{LM_TITLE}, {NAME}, loaded with fused (SDPA) attention; perplexity may rise by {100 * max_drop:g}%",
         report_on(result), took, timings=compared(original, result, calls, sizes.timing), accuracy=[accuracy],
     )  # fmt: skip
 
@@ -95,7 +98,7 @@ def tokens() -> Tensor:
 
 
 def load(attention: str) -> nn.Module:
-    """The model in bf16 with one of the attentions that transformers offers."""
+    """The model in DTYPE with one of the attentions that transformers offers."""
     from transformers import AutoModelForCausalLM
 
     with quiet():
