@@ -13,9 +13,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter.backend import GraphRewriter, Inner, check_goal, check_variants, inner_compiler
-from rewriter.capture import capture_errors, compiled, exported, module_names
+from rewriter.capture import capture_errors, compiled, exported
 from rewriter.detect import detect
 from rewriter.errors import OptionError
+from rewriter.instances import Names
 from rewriter.metrics import Metric
 from rewriter.passes import Rewrite, rewritten
 from rewriter.plan import Plan, check_model
@@ -175,7 +176,7 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
         return Report(sites=found.sites, sampled=sampled, refusals=found.refusals, graphs=1, seconds=seconds)
     if not isinstance(model, nn.Module):
         raise OptionError(f"explain takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
-    seen = GraphRewriter(None, names=module_names(model))
+    seen = GraphRewriter(None, names=Names.of(model))
     with _unchanged(model), torch.no_grad(), capture_errors():
         compiled(model, seen)(*args, **kwargs)
     seconds = {**seen.seconds, "whole run": time.perf_counter() - start}

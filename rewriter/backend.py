@@ -6,7 +6,7 @@ attention, or one that cannot be re-traced, goes on as it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx
 from rewriter import debug
 from rewriter.capture import Graph
 from rewriter.errors import OptionError, RewriterError
+from rewriter.instances import Frames, Inputs, Names, Run, served
 from rewriter.passes import Rewrite, captured, rewritten
 from rewriter.select import Selector, read_plan
 from rewriter.site import AttentionSite, Refusal
@@ -49,28 +50,32 @@ class GraphRewriter:
 
     choose: Selector | None
     inner: Inner = "eager"
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
     sites: dict[str, AttentionSite] = field(default_factory=dict)
     sampled: dict[str, AttentionSite] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     graphs: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    frames: Frames = field(default_factory=Frames)
 
-    def __call__(self, gm: Graph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compile_inner = inner_compiler(self.inner)
+    def __call__(self, gm: Graph, example_inputs: Sequence[Any]) -> Run:
         self.graphs += 1
-        work = self.look(gm, example_inputs)
-        if work is None or self.choose is None:
-            return compile_inner(gm, example_inputs)
-        graph = rewritten(work, self.choose.choose)
-        self._add_seconds(work)
-        return compile_inner(graph, example_inputs) if graph is not None else compile_inner(gm, example_inputs)
+        return served(gm, example_inputs, self.names, self.made)
 
-    def look(self, gm: Graph, example_inputs: Sequence[Any]) -> Rewrite | None:
+    def made(self, gm: Graph, inputs: Inputs, names: Names) -> Run:
+        """What runs in place of a graph of dynamo's."""
+        compile_inner = inner_compiler(self.inner)
+        work = self.look(gm, inputs, names)
+        graph = rewritten(work, self.choose.choose) if work is not None and self.choose is not None else None
+        if work is not None:
+            self._add_seconds(work)
+        return compile_inner(gm if graph is None else graph, inputs.to_compile)
+
+    def look(self, gm: Graph, inputs: Inputs, names: Names) -> Rewrite | None:
         """Capture and detect; None where there is nothing to rewrite. Notes what was seen."""
         try:
             # Another compiler traces what is left, and a traced graph cannot ask what a tensor holds.
-            work = captured(gm, example_inputs, self.names, observe=self.inner == "eager")
+            work = captured(gm, inputs.values, names.modules, inputs.fakes, observe=self.inner == "eager")
         except RewriterError:
             raise
         except Exception as error:  # Whatever stands in the way of re-tracing, the model itself must go on.
@@ -78,6 +83,7 @@ class GraphRewriter:
             self.refusals.append(Refusal(f"a graph could not be re-traced ({first}), so it runs as it is"))
             debug.say(1, str(self.refusals[-1]))
             return None
+        self.frames.number(work.graph, work.detection)
         self.note(work)
         return work if work.detection.matches or work.detection.sampled else None
 
@@ -96,8 +102,10 @@ class GraphRewriter:
         self.refusals += [refusal for refusal in work.detection.refusals if refusal not in self.refusals]
 
     def _add_seconds(self, work: Rewrite) -> None:
+        """Of the passes since the last time."""
         for name, seconds in work.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        work.seconds.clear()
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, **_: Any) -> Callable[..., Any]:

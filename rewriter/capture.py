@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.fx.traceback
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from rewriter.errors import CaptureError, RewriterError
 from rewriter.pattern import storage, written
@@ -28,18 +30,34 @@ Backend = Callable[[Graph, Sequence[Any]], Callable[..., Any]]
 _ENTRY_NUMBER = itertools.count()
 
 
-def to_aten(gm: Graph, example_inputs: Sequence[Any]) -> Graph:
-    """The graph that dynamo hands to a backend, re-traced to pre-dispatch ATen. Placeholders keep their order."""
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else detect_fake_mode(example_inputs)
-    if mode is None:
-        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+@dataclass(frozen=True)
+class Fakes:
+    """The inputs of a graph without their data: symbolic sizes are those that dynamo guards."""
 
-    def fake(value: Any) -> Any:
-        is_real = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-        return mode.from_tensor(value) if is_real else value
+    values: Sequence[Any]
+    mode: FakeTensorMode
 
-    fakes = [fake(value) for value in example_inputs]
+    @staticmethod
+    def of(example_inputs: Sequence[Any]) -> Fakes:
+        """Of what dynamo hands to a backend, in the mode that it traces in."""
+        context = TracingContext.try_get()
+        found = context.fake_mode if context is not None else detect_fake_mode(example_inputs)
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if found is None else found
+
+        def fake(value: Any) -> Any:
+            is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+            return mode.from_tensor(value) if is_real else value
+
+        return Fakes([fake(value) for value in example_inputs], mode)
+
+
+def to_aten(gm: Graph, example_inputs: Sequence[Any], given: Fakes | None = None) -> Graph:
+    """The graph that dynamo hands to a backend, re-traced to pre-dispatch ATen. Placeholders keep their order.
+
+    It is traced on the fakes, which are those of `example_inputs` where none are given.
+    """
+    given = given or Fakes.of(example_inputs)
+    fakes, mode = given.values, given.mode
     with mode, torch.fx.traceback.preserve_node_meta(), transforms_ended():
         try:
             graph = call_by_call(gm, fakes, mode)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter import debug
-from rewriter.capture import Graph, to_aten
+from rewriter.capture import Fakes, Graph, to_aten
 from rewriter.detect import Detection, detect
 from rewriter.lower import lower
 from rewriter.raising import raise_sites
@@ -37,10 +37,19 @@ class Rewrite:
         return result
 
 
-def captured(gm: Graph, example_inputs: Sequence[Any], names: Mapping[str, str], *, observe: bool = True) -> Rewrite:
-    """Capture and detect: the graph in ATen, with its sites known and nothing changed. See `detect` for `observe`."""
+def captured(
+    gm: Graph,
+    example_inputs: Sequence[Any],
+    names: Mapping[str, str],
+    fakes: Fakes | None = None,
+    *,
+    observe: bool = True,
+) -> Rewrite:
+    """Capture and detect: the graph in ATen, with its sites known and nothing changed. See `to_aten` for `fakes`, and
+    `detect` for `observe`.
+    """
     work = Rewrite(gm, names)
-    work.graph = work.step("capture", lambda: to_aten(gm, example_inputs))
+    work.graph = work.step("capture", lambda: to_aten(gm, example_inputs, fakes))
     work.detection = work.step("detect", lambda: detect(work.graph, names, observe=observe))
     debug.sites(work.detection)
     return work

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from rewriter.backend import GraphRewriter
-from rewriter.capture import capture_errors, compiled, module_names
+from rewriter.capture import capture_errors, compiled
 from rewriter.errors import CaptureError, OptionError
 from rewriter.fingerprint import fingerprint
+from rewriter.instances import Names
 from rewriter.plan import Plan
 from rewriter.report import Report, Timing
 from rewriter.select import module_name
@@ -99,7 +100,7 @@ def install(model: nn.Module, session: Session) -> None:
     """Make calls of the model run the rewritten graphs. The model must be as its author left it."""
     selector = session.rewriter.choose
     assert selector is not None
-    session.rewriter.names = module_names(model)
+    session.rewriter.names = Names.of(model)
     learned = {d.path: selector.learned(d) for d in selector.decisions.values() if d.fidelity == "learned"}
     if learned and hasattr(model, SUBMODULE):
         raise OptionError(f"the model has an attribute {SUBMODULE!r} of its own, where learned parameters would live")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,15 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from rewriter.capture import exported
+import rewriter
+from rewriter.backend import GraphRewriter
+from rewriter.capture import compiled, exported
 from rewriter.detect import detect
 from rewriter.guard import error, tolerance
+from rewriter.instances import Names
 from rewriter.lower import Lowered
 from rewriter.passes import Rewrite, rewritten
+from rewriter.select import Selector
 from rewriter.site import Causal, Full, Padding
 from rewriter.variant import variants
 
@@ -312,10 +317,33 @@ def test_graph_breaks(rewrite: Any) -> None:
     assert error(result.out, model(x)) <= EXACT
 
 
-@pytest.mark.xfail(strict=True, reason="dynamo runs one graph for all instances of a layer, and guards none of them")
-def test_equal_layers_after_a_graph_break(rewrite: Any) -> None:
-    model = Tower(Block(), Broken(), Block()).requires_grad_(False)
-    assert paths(rewrite(model, torch.randn(2, 5, 16))) == ["layers.0", "layers.1", "layers.1", "layers.2"]
+def test_equal_layers_after_a_graph_break() -> None:
+    """dynamo runs one graph for all of them, and guards none."""
+    model, x = Tower(Block(), Broken(), Block(), Broken()).requires_grad_(False), torch.randn(2, 5, 16)
+    found = [site.path for site in rewriter.explain(model, x).sites]
+    assert found == ["layers.0", "layers.1", "layers.1#1", "layers.2", "layers.3", "layers.3#1"]
+
+
+def test_equal_layers_after_a_graph_break_have_decisions_of_their_own() -> None:
+    model, x = Tower(Broken(), Broken(), Broken()).requires_grad_(False), torch.randn(2, 300, 16)
+    found = Selector()
+    run_by(model, found)(x)
+    assert list(found.decisions) == [f"layers.{n}{after}" for n in range(3) for after in ("", "#1")]
+    kept = {path: replace(each, variant="original", config={}) for path, each in found.decisions.items()}
+    near = {"variant": "sliding_window", "config": {"window": 128, "sinks": 0}, "fidelity": "approximate"}
+    changed = replace(kept["layers.1#1"], **near)
+    run = run_by(model, Selector({**kept, "layers.1#1": changed}))
+    alone = Tower(model.layers[1])
+    middle = run_by(alone, Selector({"layers.0": kept["layers.1"], "layers.0#1": replace(changed, path="layers.0#1")}))
+    for length in (300, 301, 302):  # the second one makes lengths symbolic
+        x = torch.randn(2, length, 16)
+        expected = model.layers[2](middle(model.layers[0](x)))
+        assert error(run(x), expected) <= EXACT
+        assert not error(expected, model(x)) <= EXACT
+
+
+def run_by(model: nn.Module, chooser: Selector) -> Any:
+    return compiled(model, GraphRewriter(chooser, names=Names.of(model)))
 
 
 def test_a_break_in_the_middle_of_an_attention(rewrite: Any) -> None:

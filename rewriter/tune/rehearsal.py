@@ -10,7 +10,8 @@ from torch import nn
 
 from rewriter.backend import check_goal, check_variants
 from rewriter.calibration import batches_from, check_batches, split, with_rows
-from rewriter.capture import compiled, module_names
+from rewriter.capture import compiled
+from rewriter.instances import Names
 from rewriter.session import rerouted
 from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
@@ -61,7 +62,7 @@ def rehearsed(
     batches = batches_from(calibration)
     check_batches(model, batches)
     searched, held_out = split(with_rows(model, batches), seed)
-    slots, workbench = SlotRewriter(None, names=module_names(model)), Workbench(goal, allowed)
+    slots, workbench = SlotRewriter(None, names=Names.of(model)), Workbench(goal, allowed)
     tuning = Tuning(model, slots, goal, workbench, Deadline(None), progress, Record())
     with rerouted(model, compiled(model, slots)):
         tuning.capture(searched)

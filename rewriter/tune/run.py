@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewriter.backend import GraphRewriter, Inner
 from rewriter.calibration import batches_from, check_batches, split, with_rows
-from rewriter.capture import compiled, module_names
+from rewriter.capture import compiled
 from rewriter.errors import CalibrationError, GuardError
 from rewriter.fingerprint import fingerprint
 from rewriter.guard import (
@@ -26,6 +26,7 @@ from rewriter.guard import (
     outputs_of,
     relative_rms,
 )
+from rewriter.instances import Names
 from rewriter.metrics import Batch, Metric, is_built_in, primary, resolve_metric, with_drop_type
 from rewriter.plan import Plan
 from rewriter.report import Timing
@@ -143,7 +144,7 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     search_half, held_out = split(with_rows(model, batches), request.seed)
     record = Record(bound=request.max_drop, unit="bytes" if request.goal == "memory" else "ms")
     request = dataclasses.replace(request, progress=record.watched(request.progress))
-    slots = SlotRewriter(None, names=module_names(model))
+    slots = SlotRewriter(None, names=Names.of(model))
     workbench = Workbench(request.goal, request.allowed, request.fresh)
     tuning = Tuning(model, slots, request.goal, workbench, request.deadline, request.progress, record)
     outputs = outputs_of(model, search_half[0], 0)

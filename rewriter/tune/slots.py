@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from rewriter.backend import GraphRewriter
 from rewriter.canonical import SizeOf, run
 from rewriter.capture import Graph
+from rewriter.instances import Inputs, Names, Run
 from rewriter.lower import clean
 from rewriter.raising import Match, Operands, Raised, raise_sites
 from rewriter.region import Region
@@ -81,9 +82,9 @@ class SlotRewriter(GraphRewriter):
     switches: Switches = field(default_factory=Switches)
     regions: dict[str, Region] = field(default_factory=dict)
 
-    def __call__(self, gm: Graph, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-        work = self.look(gm, example_inputs)
+    def made(self, gm: Graph, inputs: Inputs, names: Names) -> Run:
+        """The graph with a slot at each site."""
+        work = self.look(gm, inputs, names)
         if work is None:
             return gm.forward
         # Before the graph is changed: a slot keeps the code as it was.
