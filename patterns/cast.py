@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, is_call, unsliced, value_of
+from rewriter.pattern import DATA_OF, Pattern, Step, is_call, unsliced, value_of
 
 _ATEN = torch.ops.aten
-_COPIES = (_ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.lift_fresh_copy, _ATEN.detach)
+_COPIES = (_ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.lift_fresh_copy, _ATEN.detach, DATA_OF)
 _CASTS = (_ATEN.to, _ATEN._to_copy, _ATEN.type_as)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from rewriter.axes import Atom, Axis, Layout, Placed, backward, broadcast
 from rewriter.canonical import SizeOf, gathered, run
 from rewriter.facts import HIDDEN, Roles
-from rewriter.pattern import depends_on_data, is_call, value_of
+from rewriter.pattern import DATA_OF, depends_on_data, is_call, value_of
 from rewriter.samples import (
     BINARY,
     FAILURES,
@@ -161,7 +161,7 @@ def _above(node: fx.Node, layout: Layout) -> list[tuple[fx.Node, Layout | None]]
 
 _KEEP_SHAPE = (
     _ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.expand, _ATEN.expand_as, _ATEN.detach,
-    _ATEN.__and__, _ATEN.__or__, _ATEN.where, _ATEN.masked_fill, _ATEN.type_as,
+    _ATEN.__and__, _ATEN.__or__, _ATEN.where, _ATEN.masked_fill, _ATEN.type_as, DATA_OF,
 )  # fmt: skip
 
 

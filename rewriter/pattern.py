@@ -344,11 +344,13 @@ def comes_from_product(node: fx.Node, limit: int = 400) -> bool:
 
 
 _ATEN = torch.ops.aten
+DATA_OF: Callable[..., Any] = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+"""How dynamo writes `x.data`: no operator, and so traced by hand."""
 PRODUCTS = (_ATEN.matmul, _ATEN.bmm, _ATEN.baddbmm, _ATEN.einsum, _ATEN.mm)
 _VIEWS = (
     _ATEN.transpose, _ATEN.t, _ATEN.mT, _ATEN.numpy_T, _ATEN.permute, _ATEN.swapaxes, _ATEN.view, _ATEN.reshape,
     _ATEN.expand, _ATEN.unsqueeze, _ATEN.squeeze, _ATEN.to, _ATEN._to_copy, _ATEN.clone, _ATEN.contiguous,
-    _ATEN.alias, _ATEN.slice, _ATEN.select,
+    _ATEN.alias, _ATEN.slice, _ATEN.select, _ATEN.detach, DATA_OF,
 )  # fmt: skip
 _BARRIERS = (
     _ATEN.linear, _ATEN.addmm, _ATEN.embedding, _ATEN.softmax, _ATEN.layer_norm, _ATEN.native_layer_norm,

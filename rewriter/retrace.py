@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import fetch_object_proxy, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriter.fastpath import WRITTEN_OUT
-from rewriter.pattern import is_transform, storage, written
+from rewriter.pattern import DATA_OF, is_transform, storage, written
 
 Graph = fx.GraphModule
 
@@ -32,13 +32,29 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
     """The graph in pre-dispatch ATen, traced in one piece. To be called inside the fake mode."""
 
     def run(*inputs: Any) -> Any:
-        return fx.Interpreter(gm).run(*inputs)
+        return _Run(gm).run(*inputs)
 
     traced = make_fx(run, pre_dispatch=True, decomposition_table=WRITTEN_OUT, _allow_non_fake_inputs=True)(*fakes)
     held = [getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")]
     if any(isinstance(each, FakeTensor) for each in held):
         raise RuntimeError("a part of it was computed and not traced")
     return traced
+
+
+class _Run(fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _data_of(*args) if target is DATA_OF else super().call_function(target, args, kwargs)
+
+
+def _data_of(value: Tensor) -> Tensor:
+    """`value.data`, with the node that tracing does not make of it. `detach` would be another thing: what is written
+    into `data` is not told to the backward.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None
+    held = fetch_object_proxy(mode.tracer, value)
+    proxy = mode.tracer.create_proxy("call_function", DATA_OF, (getattr(held, "proxy", held),), {})
+    return track_tensor_tree(value.data, proxy, constant=None, tracer=mode.tracer)
 
 
 def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, aliased: bool = False) -> Graph:
@@ -130,6 +146,12 @@ class _CallTracer:
             fx.node.has_side_effect(node.target)
             self.copies[node] = self.graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), self._copy))
             return
+        if node.target is DATA_OF:
+            (source,) = node.all_input_nodes
+            copy = self.graph.call_function(DATA_OF, (self.copies[source],))
+            copy.meta = dict(node.meta) | {"val": self.copies[source].meta["val"].data}
+            self.copies[node] = copy
+            return
         if node.target is torch.ops.higher_order.flex_attention:
             self._with_functions(node)
             return
@@ -219,7 +241,10 @@ class _CallTracer:
             if inner.op == "placeholder":
                 pasted[inner] = next(inputs)
             elif inner.op == "get_attr":
-                pasted[inner] = self._constant(getattr(traced, str(inner.target)))
+                held = getattr(traced, str(inner.target))
+                if isinstance(held, FakeTensor):
+                    raise NotCallByCall(f"{node.target} computes what is not traced")
+                pasted[inner] = self._constant(held)
             elif inner.op == "output":
                 return fx.map_arg(inner.args[0], pasted.__getitem__)
             else:

@@ -416,3 +416,51 @@ def test_a_number_that_is_a_tensor(rewrite: Any) -> None:
     result = rewrite(model, q, variant="sdpa")
     assert len(result.sites) == 1
     assert error(result.out, model(q)) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("halved", [False, True], ids=["call by call", "as a whole"])
+def test_the_data_of_a_tensor(rewrite: Any, halved: bool) -> None:
+    """`x.data` is no operator: what is read from it is the tensor's, and what is written there no backward is told."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(7, 8))
+            self.register_buffer("code", torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            zeros = torch.zeros(7, 8)
+            if halved:
+                zeros.data[2:].copy_(x.data[0, 2:])
+            x = (x + self.shift.data + zeros) @ self.code
+            if halved:
+                self.code.data.mul_(0.5)
+            return (x @ x.mT).softmax(-1) @ x
+
+    def out_and_gradient(run: Any, model: Model) -> tuple[Tensor, Tensor]:
+        x = torch.arange(56.0).reshape(1, 7, 8).div(56).requires_grad_()
+        with torch.no_grad():
+            model.code.copy_(torch.eye(8))
+        out = run(x)
+        out.sum().backward()
+        assert x.grad is not None
+        return out, x.grad
+
+    model = Model()
+    result = rewrite(model, torch.randn(1, 7, 8), variant="sdpa")
+    assert len(result.sites) == 1
+    for actual, expected in zip(out_and_gradient(result.run, model), out_and_gradient(model, model), strict=True):
+        assert error(actual, expected) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("held", [lambda weight: weight.data, lambda weight: weight.detach()], ids=["data", "detached"])
+def test_a_product_with_the_data_of_a_parameter_is_a_linear_layer(rewrite: Any, held: Any) -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ held(self.weight).mT).softmax(-1) @ x[:, :5]
+
+    assert rewrite(Router(), torch.randn(1, 7, 8)).sites == []
