@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewriter.codegen import linear_cpu
 from rewriter.codegen.linear_cpu import scan
 from rewriter.codegen.linear_formula import LinearFormula, LinearState
 from rewriter.guard import error, tolerance
@@ -34,6 +35,15 @@ def test_causal(q_len: int, kv_len: int, decay: Any, normalised: bool, dtype: to
 @pytest.mark.parametrize("normalised", [False, True])
 def test_every_key(normalised: bool) -> None:
     check(LinearFormula(elu_plus_one, elu_plus_one, normalised=normalised, causal=False), 20, 41, torch.float32)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_cpu_with_and_without_products_in_bfloat16(
+    normalised: bool, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_cpu, "_KEPT", {torch.bfloat16} if multiplies else set())
+    check(LinearFormula(elu_plus_one, elu_plus_one, decay="head", normalised=normalised), 41, 41, torch.bfloat16)
 
 
 def check(formula: LinearFormula, q_len: int, kv_len: int, dtype: torch.dtype) -> None:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from rewriter.codegen.linear_formula import LEAST, LinearState
 from rewriter.errors import OptionError
+from rewriter.target import multiplies_bfloat16
 
 Map = Callable[[Tensor], Tensor]
 
+_KEPT = {torch.bfloat16} if multiplies_bfloat16() else set()
+"""The narrow types that products are computed in: elsewhere a CPU is several times faster in float32."""
 _CHUNKS = {torch.bfloat16: 256}
 _FEW = 32  # queries that read all keys directly: cheaper than a state, which costs a product for each key
 _CHUNK = 128  # positions in a chunk, of the other types: measured from 64 to 512 with 64 and 128 features
@@ -46,8 +49,8 @@ def scan(
         raise OptionError(f"{q_len} queries cannot end with {kv_len} keys in a causal sum")
     past = kv_len - q_len if causal else 0
     # Products may lose digits as the original's do, but not range, which float16 lacks; the state is in float32.
-    dtype = query.dtype if query.dtype == torch.bfloat16 else torch.promote_types(query.dtype, torch.float32)
-    wide, chunk = torch.promote_types(dtype, torch.float32), chunk or _CHUNKS.get(query.dtype, _CHUNK)
+    dtype = query.dtype if query.dtype in _KEPT else torch.promote_types(query.dtype, torch.float32)
+    wide, chunk = torch.promote_types(dtype, torch.float32), chunk or _CHUNKS.get(dtype, _CHUNK)
     gates = None if log_decay is None else log_decay.to(wide).clamp(min=LEAST)
     if gates is not None and gates.dim() == 1:
         gates = gates[None, :, None].expand(batch, -1, kv_len)
