@@ -1,4 +1,6 @@
-"""What is done to finished weights: divided by a sum of their own, cleaned of NaN, or to scores: clamped."""
+"""What is done to finished weights: divided by a sum of their own, cleaned of NaN, or to scores: clamped, or taken
+without their signs (Lv et al. 2024, arXiv:2411.07176, which gives them back to the weights).
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,8 @@ def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
         return Step("edit", node.all_input_nodes[0], name="clamped")
     if is_call(node, _ATEN.pow, _ATEN.square):
         return Step("edit", node.all_input_nodes[0], name="squared")
+    if is_call(node, _ATEN.abs):
+        return Step("edit", node.all_input_nodes[0], name="unsigned")
     return None
 
 
@@ -34,5 +38,6 @@ PATTERN = Pattern(
     examples=(
         lambda q, k, v, mask: (q @ k.mT).clamp(-2.0, 2.0).masked_fill(~mask, -1e30).softmax(-1) @ v,
         lambda q, k, v, mask: (q @ k.mT).masked_fill(~mask, -1e30).softmax(-1).square() @ v,
+        lambda q, k, v, mask: (q @ k.mT).abs().masked_fill(~mask, -1e30).softmax(-1) @ v,
     ),
 )

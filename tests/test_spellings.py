@@ -1131,6 +1131,9 @@ NORMALISERS: Group = {
     "relu": a(normalised(lambda s: s.relu() / T), taken=None, normaliser="relu"),
     "squared relu": some(normalised(lambda s: s.relu().square() / T)),
     "of the largest": some(normalised(top)),
+    "with the signs of the scores": kept(
+        normalised(lambda s: s.abs().softmax(-1) * s.sign()), edits=names("unsigned")
+    ),
     "dropout in eval": a(normalised(lambda s: F.dropout(s.softmax(-1), 0.1, False)), dropout_p=0.0),
     "dropout in eval, a module": a(normalised(nn.Sequential(nn.Softmax(-1), nn.Dropout(0.1)).eval()), dropout_p=0.0),
     "dropout of nothing": a(normalised(lambda s: torch.dropout(s.softmax(-1), 0.0, True)), dropout_p=0.0),
