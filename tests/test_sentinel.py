@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.backend import GraphRewriter
-from rewriter.capture import compiled, exported, module_names
+from rewriter.capture import compiled, exported
 from rewriter.detect import detect
 from rewriter.guard import error, tolerance
+from rewriter.instances import Names
 from rewriter.lower import Lowered
 from rewriter.passes import Rewrite, rewritten
 from rewriter.select import Selector
@@ -80,7 +81,7 @@ CHANGES: dict[str, Callable[[Buffered], Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_buffer_that_changes_after_the_optimisation(change: Callable[[Buffered], Any], inner: str) -> None:
     model, x = Buffered(causal()), torch.randn(2, 2, 8, 4)
-    rewriter = GraphRewriter(Selector(allowed=frozenset({"sdpa"})), inner=inner, names=module_names(model))
+    rewriter = GraphRewriter(Selector(allowed=frozenset({"sdpa"})), inner=inner, names=Names.of(model))
     run = compiled(model, rewriter)
     assert right(run(x), model(x))
     assert [s.mask for s in rewriter.sites.values()] == [Causal() if inner == "eager" else Dense()] * 2

@@ -538,9 +538,10 @@ def test_a_model_with_an_attribute_of_our_name_is_told(learned: nn.Module) -> No
 
 
 def through_slots(model: nn.Module) -> tuple[Any, SlotRewriter]:
-    from rewriter.capture import compiled, module_names
+    from rewriter.capture import compiled
+    from rewriter.instances import Names
 
-    slots = SlotRewriter(None, names=module_names(model))
+    slots = SlotRewriter(None, names=Names.of(model))
     return compiled(model, slots), slots
 
 
