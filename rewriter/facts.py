@@ -33,12 +33,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Op:
-    """What happens to the scores: "scale" by a number, "shift" by one, "cap", or with a tensor: "add" (times
-    `number`), "mul", "div", "keep" (bool, True is visible) and "drop" (bool, True is hidden), where hidden scores
-    become `number`.
+    """What happens to the scores: "scale" by a number, "shift" by one, "cap", "floor" (no less than `number`), or with
+    a tensor: "add" (times `number`), "mul", "div", "keep" (bool, True is visible) and "drop" (bool, True is hidden),
+    where hidden scores become `number`.
     """
 
-    kind: Literal["scale", "shift", "add", "mul", "div", "keep", "drop", "cap"]
+    kind: Literal["scale", "shift", "add", "mul", "div", "keep", "drop", "cap", "floor"]
     number: float = 1.0
     tensor: Placed | None = None
 

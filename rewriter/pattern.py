@@ -51,6 +51,7 @@ Kind = Literal[
     "keep",
     "drop",
     "cap",
+    "floor",
     "sink",
     "slice",
     "dropout",
@@ -72,6 +73,7 @@ class Step:
     keep      where the bool `tensor` is False, `number` instead
     drop      where the bool `tensor` is True, `number` instead
     cap       tanh
+    floor     no less than `number`, which is the lowest of the type: no finite score is below it
     sink      one more column along `axis`: `tensor`, or zeros where that is None
     slice     a part of `axis`; one place of it, so that the axis is gone, where `number` is 0
     dropout   with probability `number`

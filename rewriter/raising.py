@@ -216,6 +216,8 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
             mask = emit(_ATEN.zeros_like.default, hidden, dtype=dtype) if mask is None else mask
             fill = op.number if op.number == float("-inf") else max(op.number * (1 if mixed else _MUCH), lowest)
             mask = emit(_ATEN.where.self, hidden, emit(_ATEN.new_full.default, mask, [], fill), mask)
+        elif mask is not None and op.kind == "floor":
+            mask = emit(_ATEN.clamp_min.default, mask, max(op.number, torch.finfo(dtype).min))
         elif mask is not None and op.kind == "scale":
             mask = emit(_ATEN.mul.Tensor, mask, op.number)
         elif mask is not None and op.kind in ("mul", "div"):

@@ -175,6 +175,8 @@ class _Scores(_Carried):
             self.ops.append(Op(step.kind, step.number))
         elif step.kind == "cap":
             self.ops.append(Op("cap"))
+        elif step.kind == "floor":
+            self._floor(step)
         elif step.kind == "guard":
             self._edit(node, step)
         elif step.kind == "sink":
@@ -184,6 +186,20 @@ class _Scores(_Carried):
         else:
             return super()._take(node, step)
         return None
+
+    def _floor(self, step: Step) -> None:
+        """Only what is hidden becomes less than the lowest number of its type: so it is a fill that is changed."""
+        scale, ops = 1.0, list(self.ops)
+        for place in reversed(range(len(ops))):
+            op = ops[place]
+            if op.kind == "scale":
+                scale *= op.number
+            elif op.kind in ("mul", "div", "cap") or scale <= 0:
+                self.edits.append("clamped")
+                return
+            elif op.kind in ("keep", "drop"):
+                ops[place] = replace(op, number=max(op.number, step.number / scale))
+        self.ops = [*ops, Op("floor", step.number)] if any(op.kind == "add" for op in ops) else ops
 
     def _add_sink(self, node: fx.Node, step: Step) -> Refusal | None:
         assert step.axis is not None

@@ -714,6 +714,7 @@ def no_causal(mask: Mask) -> bool:
 CAUSAL_OR_DENSE = is_any(Causal(), Dense())
 NOT_PLAIN = is_not(Full(), Causal())
 
+
 MASKS: Group = {
     "none": a(plain, mask=Full()),
     "added -inf": a(masked(lambda s, m: s + m), more(CROSS, additive(-INF, 1, S, T)), mask=Dense()),
@@ -742,6 +743,12 @@ MASKS: Group = {
     "a float mask made bool": a(
         masked(lambda s, m: s.masked_fill((1.0 - m).bool(), HIDDEN)), more(CROSS, lambda b: seen(1, S, T)(b).float()),
         mask=Dense(),
+    ),
+    "added -inf, no less than the lowest": a(
+        masked(lambda s, m: torch.max(s + m, torch.tensor(HIDDEN))), more(CROSS, additive(-INF, 1, S, T)), mask=Dense()
+    ),
+    "no less than another number": kept(
+        masked(lambda s, m: (s + m).clamp(min=-3.0)), more(CROSS, additive(-INF, 1, S, T)), edits=names("clamped")
     ),
     "times the mask, less the rest": kept(
         masked(lambda s, m: s * m - 1e10 * (1 - m)), more(CROSS, lambda b: seen(1, S, T)(b).float()),
@@ -1514,6 +1521,25 @@ def test_gradients_of_a_query_that_sees_nothing(rewrite: Any) -> None:
     compute = masked(lambda s, m: s.masked_fill(~m, HIDDEN))
     result = rewrite(compute, q, k, v, mask)
     check_equal(result.out, compute(q, k, v, mask), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda s, m: torch.max(s + torch.where(m, 0.0, -INF), torch.tensor(HIDDEN)),
+        lambda s, m: (s + torch.where(m, 0.0, -INF) + torch.where(m, 0.0, HIDDEN)).clamp(min=HIDDEN),
+        lambda s, m: torch.maximum(torch.full([], HIDDEN), s.masked_fill(~m, -INF)),
+        lambda s, m: torch.max(s.masked_fill(~m, -INF) * 0.5 + s.new_zeros(T), torch.tensor(HIDDEN)),
+    ],
+)
+def test_scores_no_less_than_the_lowest_of_a_query_that_sees_nothing(rewrite: Any, compute: Any) -> None:
+    """An even mixture of all values, where -inf alone would give 0."""
+    q, k, v = (t.detach() for t in CROSS(3))
+    mask = torch.rand(3, 1, S, T) > 0.4
+    mask[:, :, 2] = False
+    result = rewrite(masked(compute), q, k, v, mask)
+    assert [match.site.mask for match in result.matches] == [Dense()], result.refusals
+    check_equal(result.out, masked(compute)(q, k, v, mask))
 
 
 @pytest.mark.xfail(strict=True, reason="a checkpointed block cannot be traced again yet")
