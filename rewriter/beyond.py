@@ -9,7 +9,7 @@ from torch import fx
 
 from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
 from rewriter.facts import HIDDEN, Op, Operand, Reading
-from rewriter.pattern import above, is_call
+from rewriter.pattern import is_call
 from rewriter.walk import step_at
 
 
@@ -55,8 +55,21 @@ def drop_shifts(reading: Reading) -> None:
 def made_from(node: fx.Node, source: fx.Node | None) -> bool:
     """Is `source` among what this node was computed from?"""
     assert source is not None
-    # Nothing above the source in the graph can be made from it.
-    return any(each is source for each in above(node, lambda each: not each < source))
+    seen, todo = {node}, [node]
+    while todo:
+        current = todo.pop()
+        if current is source:
+            return True
+        if current < source:  # Nothing above the source in the graph can be made from it.
+            continue
+        inputs = current.all_input_nodes
+        if is_call(current, *_SHAPED):
+            inputs = inputs[:1]
+        elif is_call(current, *_FILLED):
+            inputs = []
+        todo += [each for each in inputs if each not in seen]
+        seen.update(inputs)
+    return False
 
 
 def _over_channels(reading: Reading) -> bool:
@@ -115,4 +128,7 @@ def _part(source: fx.Node, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layo
 
 
 _ATEN = torch.ops.aten
+_SHAPED = _ATEN.view_as, _ATEN.reshape_as, _ATEN.expand_as, _ATEN.type_as
+_FILLED = _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.new_zeros, _ATEN.new_ones
+"""What asks other tensors, or all tensors, for their shapes and types alone."""
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d)

@@ -983,6 +983,10 @@ BIASES: Group = {
     "gathered by offsets": a(gathered_offsets, more(GRID, learned(4, 5 * 9)), bias="table", scale=DEFAULT),
     "a network of distances": a(continuous, more(SAME, learned(1, 6), learned(6, 4)), bias=SOME_BIAS),
     "decomposed": a(decomposed, more(GRID, learned(5, 8), learned(9, 8)), bias="decomposed", scale=DEFAULT),
+    "in the shape of the scores": a(
+        lambda q, k, v, b: mixed((scores := q @ k.mT * DEFAULT) + b.flatten(2).view_as(scores), v),
+        more(SAME, lambda b: torch.randn(b, 4, S * S, 1)), scale=DEFAULT,
+    ),
     "relative keys": a(shaw, more(SAME, learned(2 * S - 1, 8)), bias=SOME_BIAS, scale=DEFAULT),
     "relative keys and queries": a(shaw_both, more(SAME, learned(2 * S - 1, 8)), bias=SOME_BIAS, scale=DEFAULT),
     "a shifted second product": a(
@@ -1521,6 +1525,19 @@ def test_gradients_of_a_query_that_sees_nothing(rewrite: Any) -> None:
     compute = masked(lambda s, m: s.masked_fill(~m, HIDDEN))
     result = rewrite(compute, q, k, v, mask)
     check_equal(result.out, compute(q, k, v, mask), (q, k, v))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_bias_in_the_shape_of_the_scores_is_not_made_from_them(rewrite: Any, dynamic: bool) -> None:
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        rows = (q.flatten(0, 1) @ q.new_ones(8, k.shape[2])).sin()
+        return mixed(scores + rows.reshape_as(scores), v)
+
+    q, k, v = (t.detach() for t in CROSS(3))
+    result = rewrite(compute, q, k, v, dynamic=dynamic)
+    assert len(result.matches) == 1, (result.kept, result.refusals)
+    check_equal(result.out, compute(q, k, v))
 
 
 @pytest.mark.parametrize(
