@@ -11,7 +11,7 @@ wider than the captured input is not taken for a causal mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -39,17 +39,15 @@ from rewriter.samples import (
     sources,
     symbols_of,
 )
-from rewriter.site import Causal, Chunked, DataChunked, DataPrefix, Dense, Documents, Full, Mask, Padding
-from rewriter.structure import aligned, classify, components, windows
+from rewriter.site import Dense, Mask, Padding
+from rewriter.structure import classify, windows
+from rewriter.structure_of_data import agrees, chunked, documents, is_padded, is_still, prefixed
 from rewriter.walk import step_at
 
 _SOFTLY_HIDDEN = -50.0
 """What tells windows apart is often only this much: a fact, and not enough to leave the tensor out."""
 _MOST_SAMPLED = 1 << 24
 """How many entries of masks are drawn at one size."""
-
-_MOST_COMPARED = 1 << 30
-"""How many entries are compared to find where blocks begin."""
 
 _ATEN = torch.ops.aten
 Test = Literal["true", "false", "nonzero", "zero", "above"]
@@ -286,14 +284,10 @@ def _constant(samples: list[_Sample], certain: bool) -> MaskReading | None:
             return None
         mask = classify(seen[0])
         found = mask if found is None else found
-        if mask is None or found is None or not _agrees(found, seen[0]):
+        if mask is None or found is None or not agrees(found, seen[0]):
             return None
         blind = blind or not bool(seen[0].any(-1).all())
     return MaskReading(found, blind=blind) if found is not None else None
-
-
-def _agrees(mask: Mask, seen: Tensor) -> bool:
-    return torch.equal(mask.visible(seen.shape[0], seen.shape[1], seen.device), seen)
 
 
 def _of_data(samples: list[_Sample]) -> MaskReading | None:
@@ -309,94 +303,17 @@ def _of_data(samples: list[_Sample]) -> MaskReading | None:
             return None  # What the data does to it was not seen.
         whole = torch.stack([each.any(0) for each in seen]).any(0)
         structure = classify(whole) if found is None else found.positional
-        mask = structure & Padding() if structure is not None and _is_padded(seen, structure) else None
+        mask = structure & Padding() if structure is not None and is_padded(seen, structure) else None
         if mask is None and chosen is None:
-            options = (_prefix(seen), *_chunked(seen), *_documents(seen, structure))
+            options = (prefixed(seen), *chunked(seen), *documents(seen, structure))
             mask = chosen = next((each for each in options if each is not None), None)
         elif mask is None and chosen is not None:
-            mask = chosen if _still(chosen, seen) else None
+            mask = chosen if is_still(chosen, seen) else None
         found = found or mask
         if mask is None or found is None or (mask != found and chosen is None):
             return None
         blind = blind or not bool(whole.any(-1).all())
     return MaskReading(found, blind=blind) if found is not None else None
-
-
-def _is_padded(seen: list[Tensor], structure: Mask) -> bool:
-    """Is each draw, bool (B, Sq, Skv), this structure with some keys hidden?"""
-    whole = torch.stack([each.any(0) for each in seen]).any(0)
-    return _agrees(structure, whole) and all(torch.equal(each, whole & each.any(-2, keepdim=True)) for each in seen)
-
-
-def _prefix(seen: list[Tensor]) -> Mask | None:
-    """A causal mask, and keys at the beginning that are visible to all."""
-    least = torch.stack([each.all(0) for each in seen]).all(0)
-    if least.shape[0] == 1 or not _agrees(Causal(0), least):
-        return None
-    for each in seen:
-        keys = each.all(-2)
-        if not torch.equal(each, least | keys[:, None, :]) or bool((keys[:, 1:] & ~keys[:, :-1]).any()):
-            return None
-    return DataPrefix()
-
-
-def _chunked(seen: list[Tensor], chunk: DataChunked | None = None) -> Iterator[Mask]:
-    """Blocks of one size, each batch row's with a beginning of its own."""
-    sizes = {part.size for each in seen for part in (classify(each[0]) or Full()).parts() if isinstance(part, Chunked)}
-    for size in [chunk.size] if chunk is not None else sorted(sizes):
-        for band in (Causal(), Full()):
-            kinds = [_blocks(each, band, size) for each in seen]
-            if all(kind is not None for kind in kinds):
-                yield band & DataChunked(size) & (Padding() if any(kinds) else Full())
-
-
-def _blocks(seen: Tensor, band: Mask, size: int) -> bool | None:
-    """Are there tokens that are hidden besides? None where it is not a mask of blocks of this size."""
-    q_len, kv_len = seen.shape[-2:]
-    if q_len > kv_len or size * seen.numel() > _MOST_COMPARED:
-        return None
-    keys = torch.arange(kv_len, device=seen.device)
-    whole, tokens = band.visible(q_len, kv_len, seen.device), seen.any(-2)
-    fits = torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
-    for offset in range(size):
-        blocks = whole & aligned((keys + offset) // size, q_len)
-        fits |= (seen == (blocks & tokens[:, None, :])).flatten(1).all(-1)
-    return not bool(tokens[:, kv_len - q_len :].all()) if bool(fits.all()) else None
-
-
-def _documents(seen: list[Tensor], structure: Mask | None) -> Iterator[Mask]:
-    """Tokens of one segment see each other, under a structure that is the same for all draws."""
-    for band in dict.fromkeys((structure or Full(), Causal(), Full())):
-        kinds = [_segments(each, band) for each in seen]
-        if all(kind is not None for kind in kinds) and any(kind and kind[0] for kind in kinds):
-            yield band & Documents() & (Padding() if any(kind and kind[1] for kind in kinds) else Full())
-
-
-def _segments(seen: Tensor, band: Mask) -> tuple[bool, bool] | None:
-    """Is bool (B, Sq, Skv) of more than one segment, and are there hidden tokens? None where it is no partition."""
-    q_len, kv_len = seen.shape[-2:]
-    if q_len > kv_len:
-        return None
-    whole = band.visible(q_len, kv_len, seen.device)
-    together = aligned(components(seen), q_len)
-    # A token that does not see itself is seen by nobody.
-    tokens = torch.ones(len(seen), kv_len, dtype=torch.bool, device=seen.device)
-    tokens[:, kv_len - q_len :] = seen.diagonal(kv_len - q_len, -2, -1) | ~whole.diagonal(kv_len - q_len)
-    if not torch.equal(seen, whole & together & tokens[:, None, :]):
-        return None
-    both = tokens[:, kv_len - q_len :, None] & tokens[:, None, :]
-    return bool((whole & both & ~together).any()), not bool(tokens.all())
-
-
-def _still(mask: Mask, seen: list[Tensor]) -> bool:
-    """Is it so at this size too, where there may be less to see?"""
-    band = mask.positional
-    if mask.has(DataPrefix):
-        return _prefix(seen) is not None
-    for part in mask.parts():
-        if isinstance(part, DataChunked):
-            return any(found.positional == band for found in _chunked(seen, part))
-    return all(_segments(each, band) is not None for each in seen)
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
