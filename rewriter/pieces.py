@@ -17,7 +17,8 @@ from rewriter.axes import Atom, Size, refined, reshaped, shape_of
 @dataclass(eq=False)
 class Origin:
     """An axis where it came into being. "grid": the space of a feature map. "input": any axis of what may be an image
-    that the model is called with. "joined": tokens, the `body`, with others in front of them and behind.
+    that the model is called with. "joined": tokens, the `body`, with others in front of them and behind. `within`: the
+    part of another axis that this one is a resampling of.
     """
 
     size: Size
@@ -25,6 +26,7 @@ class Origin:
     body: tuple[Piece, ...] = ()
     front: Size = 0
     back: Size = 0
+    within: Piece | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,22 @@ def plain(size: Size) -> Size:
 
 
 def merged(pieces: Iterable[Piece]) -> Axis:
-    """Neighbours that were one piece are one again."""
+    """Neighbours that were one piece are one again; windows that were pooled, side by side, are a smaller map."""
     axis: list[Piece] = []
     for piece in pieces:
-        last = axis[-1] if axis else None
+        last, within = axis[-1] if axis else None, piece.of.within
         if last is not None and last.of is piece.of and last.stride == piece.stride * piece.size:
             axis[-1] = Piece(piece.of, last.size * piece.size, piece.stride)
+        elif last is not None and within == Piece(last.of, last.stride) and piece.whole:
+            axis[-1:] = _resampling(Piece(last.of, last.size * last.stride), last.size * piece.size)
         else:
             axis.append(piece)
     return tuple(axis)
+
+
+def _resampling(part: Piece, size: Size) -> Axis:
+    """Fewer or more places of a part. What only moved inside it has lost its place in the whole."""
+    return (Piece(Origin(size, "grid", within=None if part.whole or part.size == size else part), size),)
 
 
 def as_shape(given: Layout, shape: Sequence[Size]) -> Layout:
@@ -163,7 +172,7 @@ def sized(axis: Axis, size: Size, *, image: bool = False) -> Axis:
     """Another number of places along the same axis."""
     alone = axis[0].of.kind if len(axis) == 1 else "plain"
     if alone == "grid" or (image and alone == "input"):
-        return new(size, "grid")
+        return _resampling(axis[0], size) if size != 1 else ()
     return new(size, "input") if alone == "input" else new(size)
 
 

@@ -245,6 +245,28 @@ def test_windows_of_a_grid(tokens: Any, shift: int, pad: int) -> None:
     assert told == (["2x3", "3x2", "3x6"] if pad else ["2x3", "4x2", "4x3"])
 
 
+@pytest.mark.parametrize("way", ["pooled", "rolled"])
+def test_windows_that_are_pooled(tokens: Any, way: str) -> None:
+    """Pooled inside and side by side again they are a smaller map; moved inside, they are none."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.patch(x).permute(0, 2, 3, 1)
+        h, w = x.shape[1:3]
+        y = partition(x, 4, 6).view(-1, 4, 6, WIDTH)
+        if way == "rolled":
+            y = whole(m.a(y.roll(1, 1).flatten(1, 2)), 4, 6, h, w)
+            return m.b(y.flatten(1, 2))
+        y = F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        y = whole(m.a(y.flatten(1, 2)), 2, 3, h // 2, w // 2)
+        y = y + F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        y = whole(m.b(partition(y, 1, 6)), 1, 6, h // 2, w // 2)
+        return m.c(y.flatten(1, 2))
+
+    model = Model(forward, patch=patches(), a=Attention(), b=Attention(), c=Attention())
+    told = tokens(model, torch.randn(2, 3, 32, 48))
+    assert told == ["2x3", None, "4x6"] if way == "pooled" else told[-1] != "8x12"
+
+
 def test_a_dilated_grid_and_one_axis_alone(tokens: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.patch(x).permute(0, 2, 3, 1)
