@@ -1,6 +1,6 @@
 """One more column of scores without a value, which takes a share of every row (Xiao et al. 2023, arXiv:2309.17453;
 learned for each head in OpenAI's gpt-oss). It is concatenated before the softmax and cut off after it. So are the
-scores of two sets of keys, whose weights are taken apart again.
+scores of several sets of keys, whose weights are taken apart again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
         assert isinstance(tensors, (list, tuple))
         rank = value_of(node).dim()
         # An empty cache is joined as a tensor of one axis.
-        if len(tensors) != 2 or any(value_of(each).dim() != rank for each in tensors):  # type: ignore[arg-type]
+        if len(tensors) < 2 or any(value_of(each).dim() != rank for each in tensors):  # type: ignore[arg-type]
             return None
         axis = int(argument(node, "dim") or 0) % rank
+        if len(tensors) > 2:
+            parts = [each for each in tensors if isinstance(each, fx.Node)]
+            return tuple(Step("edit", part, axis=axis, name="joined_scores") for part in parts)
         pairs = [(tensors[0], tensors[1]), (tensors[1], tensors[0])]
         return tuple(
             Step("sink", scores, None if constant(column) == 0 else column, axis=axis)

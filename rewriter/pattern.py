@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -285,7 +286,10 @@ def constant(value: Any) -> float | None:
         power = 0.5 if is_call(value, _ATEN.sqrt) else -0.5 if is_call(value, _ATEN.rsqrt) else -1.0
         return float(inner**power)
     if isinstance(value, fx.Node) and value.op == "get_attr" and not value.meta.get("is_state"):
-        held = getattr(value.graph.owning_module, str(value.target), None)
+        try:  # of an inner module, where the graph is exported
+            held = attrgetter(str(value.target))(value.graph.owning_module)
+        except AttributeError:
+            return None
         if isinstance(held, torch.Tensor) and held.numel() == 1:
             return float(held)
     return None

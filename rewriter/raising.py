@@ -22,6 +22,7 @@ from rewriter.masks import Tokens, tokens_at
 from rewriter.ops import attention
 from rewriter.pattern import storage, value_of, written
 from rewriter.site import AttentionSite, Full
+from rewriter.twins import twin_among
 
 _ATEN = torch.ops.aten
 Value = Callable[[fx.Node], Any]
@@ -148,7 +149,7 @@ def between(match: Match) -> tuple[list[fx.Node], list[fx.Node]]:
     sizes: dict[fx.Node, None] = {}
     while todo:
         for source in todo.pop().all_input_nodes:
-            if source in inputs or source in needed:
+            if source in inputs or source in needed or twin_among(source, match.inputs):
                 continue
             if isinstance(source.meta.get("val"), _NUMBERS):
                 sizes[source] = None

@@ -15,6 +15,7 @@ from rewriter.facts import Op, Operand, Reading
 from rewriter.operands import is_changed, strip, unexpanded
 from rewriter.pattern import Call, Contraction, Normaliser, Step, constant, value_of
 from rewriter.site import Refusal
+from rewriter.twins import are_twins
 from rewriter.walk import Product, Way, described
 
 
@@ -291,7 +292,8 @@ class _Weights(_Carried):
         if step.number != 0:
             self.edits.append("weights_masked")
             return
-        same = [i for i, op in enumerate(self.ops) if op.tensor is not None and op.tensor.node is step.tensor]
+        assert step.tensor is not None
+        same = [i for i, op in enumerate(self.ops) if op.tensor and are_twins(op.tensor.node, step.tensor)]
         if same and self.ops[same[-1]].kind == step.kind:
             self.ops[same[-1]] = replace(self.ops[same[-1]], number=float("-inf"))
         else:

@@ -22,6 +22,7 @@ from rewriter.ops import attention
 from rewriter.pattern import is_bias, is_call, value_of
 from rewriter.raising import ChangedInPlace, Match, Operands, arguments, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
+from rewriter.twins import twin_among
 
 if TYPE_CHECKING:
     from rewriter.sampled import SampledMatch
@@ -40,6 +41,9 @@ class Region:
         self.nodes, self.sizes = between(match)
         # As they stand now: the graph is rewritten later, and dead nodes lose their arguments.
         self._arguments = {node: (node.args, node.kwargs) for node in self.nodes}
+        outer = {source for node in self.nodes for source in node.all_input_nodes if _is_tensor(source)}
+        outer -= {*self.nodes, *match.inputs}
+        self._twins = {node: twin for node in outer if (twin := twin_among(node, match.inputs)) is not None}
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -89,6 +93,7 @@ class Region:
         """Two regions with the same text compute the same function of inputs of the same shapes."""
         inputs = self.match.inputs
         names = {n: f"i{k}" for k, n in enumerate(inputs)} | {n: f"n{k}" for k, n in enumerate(self.nodes)}
+        names |= {node: names[twin] for node, twin in self._twins.items()}
         lines = [f"{value_of(n).dtype}{tuple(map(hint, value_of(n).shape))}" for n in inputs]
         for node in self.nodes:
             args = fx.map_arg(self._arguments[node], lambda n: names.get(n) or f"={hint(n.meta['val'])}")
@@ -122,6 +127,7 @@ class Region:
         graph, copies = fx.Graph(), dict[fx.Node, Any]()
         for index, node in enumerate(self.match.inputs + (self.sizes if live else [])):
             copies[node] = graph.placeholder(f"input_{index}")
+        copies |= {node: copies[twin] for node, twin in self._twins.items()}
 
         def copied(node: fx.Node) -> Any:
             return copies[node] if node in copies else changed(hint(node.meta["val"]))

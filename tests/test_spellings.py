@@ -694,6 +694,20 @@ def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return mixed(scores, v)
 
 
+def made_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same mask, written out above and below the softmax; the second query sees nothing."""
+    mask = mask * (torch.arange(S) != 1)[:, None]
+    s = (q @ k.mT).masked_fill(mask.view(-1, 1, S, T) == torch.tensor(False), torch.scalar_tensor(-INF))
+    weights = s.softmax(-1).masked_fill(mask.view(-1, 1, S, T) == torch.tensor(False), torch.scalar_tensor(0))
+    return weights @ v
+
+
+def made_from_another(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The weights of one key more are set to 0."""
+    s = (q @ k.mT).masked_fill(mask.logical_not(), -INF)
+    return s.softmax(-1).masked_fill(mask.roll(1, -1).logical_not(), 0.0) @ v
+
+
 def flash_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The documentation of scaled_dot_product_attention."""
     bias = torch.zeros(S, S, dtype=q.dtype)
@@ -755,6 +769,10 @@ MASKS: Group = {
         edits=names("scaled_by_position"),
     ),
     "times 0 or 1": some(masked(lambda s, m: s * m), MASKED),
+    "made again for the weights": a(
+        made_again, more(CROSS, lambda b: seen(S, T)(b).long()), mask=Dense(), edits=()
+    ),
+    "made again from something else": kept(made_from_another, MASKED, edits=names("weights_masked")),
     "three terms": a(
         lambda q, k, v, m, n, b: mixed(q @ k.mT + m + n + b, v),
         more(CROSS, additive(-INF, 1, S, T), additive(-1e9, 1, 1, T), lambda b: torch.randn(1, 4, S, T)),
@@ -1248,6 +1266,16 @@ def cache_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights[..., :5] @ v[:, :, :5] + weights[..., 5:] @ v[:, :, 5:]
 
 
+def kinds_of_keys_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """BigBird: scores of several sets of keys side by side, one softmax, and a product for each set."""
+    parts = list(zip(k.split(4, 2), v.split(4, 2), strict=True))
+    weights = torch.cat([q @ keys.mT * DEFAULT for keys, _ in parts], -1).softmax(-1)
+    out = torch.einsum("bhqk,bhkd->bhqd", weights[..., :4], parts[0][1])
+    out += weights[..., 4:8] @ parts[1][1]
+    out += weights[..., 8:] @ parts[2][1]
+    return out
+
+
 def nystrom(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Three small attentions for a large one, with an iteration for the inverse in the middle."""
     q_few, k_few = q[:, :, ::2] * DEFAULT, k[:, :, ::2]
@@ -1323,6 +1351,7 @@ OUTPUTS: Group = {
     "in two parts": a(in_two_parts, sites=2, kv_len=T, heads=4),
     "head by head": a(head_by_head, sites=4, head_dim=8, q_len=S, kv_len=T),
     "cache and step apart": some(cache_apart),
+    "scores of three sets of keys": kept(kinds_of_keys_apart, edits=names("joined_scores")),
     "a running softmax": some(online),
     "by landmarks": some(nystrom, SAME),
     "normalised both ways": some(sinkhorn),
