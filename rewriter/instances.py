@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -97,29 +97,48 @@ def _telling(example_inputs: Sequence[Any], names: Names) -> int | None:
     return next(found, None)
 
 
+_CALL = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+Line = tuple[str, str]
+
+
 @dataclass
 class Frames:
     """Numbers the attentions of a module over all of its graphs, as if they were one: what a resumed forward finds
-    comes after what was found before the break, and a graph for other sizes finds the same again.
+    comes after what was found before the break, and a graph for other sizes, or one that begins elsewhere, finds the
+    same again.
     """
 
-    _first: dict[str, dict[str, int]] = field(default_factory=dict)
-    _count: dict[str, int] = field(default_factory=dict)
+    _first: dict[tuple[str, str], int] = field(default_factory=dict)
+    _known: dict[str, dict[int, Sequence[Line]]] = field(default_factory=dict)
 
     def number(self, graph: Graph, detection: Detection) -> None:
         """Give the sites of one graph their numbers."""
         frame = _frame(graph)
         found: list[Match | SampledMatch] = [*detection.matches, *detection.kept, *detection.sampled]
         for match in found:
-            base, _, number = match.site.path.partition("#")
-            first = self._first.setdefault(base, {}).setdefault(frame, self._count.get(base, 0))
-            own = first + int(number or 0)
-            self._count[base] = max(self._count.get(base, 0), own + 1)
+            base, _, place = match.site.path.partition("#")
+            known, lines = self._known.setdefault(base, {}), _lines(match.output)
+            if (base, frame) not in self._first:
+                same = next((own for own, other in known.items() if _same(lines, other)), None)
+                new = max(known, default=-1) + 1
+                self._first[base, frame] = new if same is None else max(same - int(place or 0), 0)
+            own = self._first[base, frame] + int(place or 0)
+            known.setdefault(own, lines)
             match.site = dataclasses.replace(match.site, path=f"{base}#{own}" if own else base)
 
 
 def _frame(graph: Graph) -> str:
     """The function that a graph begins in, as dynamo names it: a resumed one has a name of its own."""
-    traces = (str(node.meta.get("stack_trace") or "") for node in graph.graph.nodes)
-    found = (re.search(r'File "([^"]+)", line \d+, in (\w+)', trace) for trace in traces)
-    return next((":".join(match.groups()) for match in found if match), "")
+    found = (_CALL.search(node.meta.get("stack_trace") or "") for node in graph.graph.nodes)
+    return next((f"{match[1]}:{match[3]}" for match in found if match), "")
+
+
+def _lines(node: fx.Node) -> list[Line]:
+    """(file, line) of the calls that made a node, the innermost last."""
+    return [(match[1], match[2]) for match in _CALL.finditer(node.meta.get("stack_trace") or "")]
+
+
+def _same(one: Sequence[Line], other: Sequence[Line]) -> bool:
+    """Is it one place in the code? A graph that begins further in knows less of the way there."""
+    least = min(len(one), len(other))
+    return least > 0 and [*one[-least:]] == [*other[-least:]]

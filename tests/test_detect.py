@@ -324,6 +324,35 @@ def test_equal_layers_after_a_graph_break() -> None:
     assert found == ["layers.0", "layers.1", "layers.1#1", "layers.2", "layers.3", "layers.3#1"]
 
 
+def test_a_site_keeps_its_number_where_another_graph_begins_elsewhere() -> None:
+    """With a break between the layers each forward has a graph of its own; without, the whole model is one."""
+
+    class Sometimes(Tower):
+        broken = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                if self.broken:
+                    torch._dynamo.graph_break()
+                x = layer(x)
+            return x
+
+    class Twice(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return super().forward(x)
+
+    model, x = Sometimes(Twice(), Twice()).requires_grad_(False), torch.randn(2, 5, 16)
+    seen = GraphRewriter(None, names=Names.of(model))
+    run = compiled(model, seen)
+    run(x)
+    paths = ["layers.0", "layers.0#1", "layers.1", "layers.1#1"]
+    assert list(seen.sites) == paths and seen.graphs == 1
+    model.broken = True
+    run(x)
+    assert list(seen.sites) == paths and seen.graphs > 1
+
+
 def test_equal_layers_after_a_graph_break_have_decisions_of_their_own() -> None:
     model, x = Tower(Broken(), Broken(), Broken()).requires_grad_(False), torch.randn(2, 300, 16)
     found = Selector()
