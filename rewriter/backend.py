@@ -66,8 +66,9 @@ class GraphRewriter:
         """What runs in place of a graph of dynamo's."""
         compile_inner = inner_compiler(self.inner)
         work = self.look(gm, inputs, names)
-        graph = rewritten(work, self.choose.choose) if work is not None and self.choose is not None else None
-        if work is not None:
+        graph = None
+        if work is not None and self.choose is not None:
+            graph = rewritten(work, self.choose.choose)
             self._add_seconds(work)
         return compile_inner(gm if graph is None else graph, inputs.to_compile)
 

@@ -167,15 +167,13 @@ def kernel_rows(measured: Iterable[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def kernels_markdown(measured: Iterable[Row]) -> str:
+def kernels_markdown(measured: Sequence[Row]) -> str:
     """The table of the kernels' bench."""
-    measured = list(measured)
     return as_markdown(KERNEL_COLUMNS, kernel_rows(measured), _kernel_legend(measured))
 
 
-def print_kernels(measured: Iterable[Row], console: Console) -> None:
+def print_kernels(measured: Sequence[Row], console: Console) -> None:
     """The same for a terminal."""
-    measured = list(measured)
     print_table(KERNEL_COLUMNS, kernel_rows(measured), _kernel_legend(measured), console)
 
 
