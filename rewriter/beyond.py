@@ -9,7 +9,7 @@ from torch import fx
 
 from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
 from rewriter.facts import HIDDEN, Op, Operand, Reading
-from rewriter.pattern import is_call
+from rewriter.pattern import above, is_call
 from rewriter.walk import step_at
 
 
@@ -55,21 +55,14 @@ def drop_shifts(reading: Reading) -> None:
 def made_from(node: fx.Node, source: fx.Node | None) -> bool:
     """Is `source` among what this node was computed from?"""
     assert source is not None
-    seen, todo = {node}, [node]
-    while todo:
-        current = todo.pop()
-        if current is source:
-            return True
-        if current < source:  # Nothing above the source in the graph can be made from it.
-            continue
-        inputs = current.all_input_nodes
-        if is_call(current, *_SHAPED):
-            inputs = inputs[:1]
-        elif is_call(current, *_FILLED):
-            inputs = []
-        todo += [each for each in inputs if each not in seen]
-        seen.update(inputs)
-    return False
+    # Nothing above the source in the graph can be made from it.
+    return any(each is source for each in above(node, lambda each: not each < source, sources=_values))
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """What a node has its values from."""
+    kept = 1 if is_call(node, *_SHAPED) else 0 if is_call(node, *_FILLED) else None
+    return node.all_input_nodes[:kept]
 
 
 def _over_channels(reading: Reading) -> bool:

@@ -319,13 +319,20 @@ def depends_on_data(node: fx.Node) -> bool:
     return bool(node.meta.get("from_data"))
 
 
-def above(node: fx.Node, enters: Callable[[fx.Node], bool], limit: int | None = None) -> Iterator[fx.Node]:
-    """This node and all that it is computed from, as far as `enters` lets through and up to so many nodes."""
+def above(
+    node: fx.Node,
+    enters: Callable[[fx.Node], bool],
+    limit: int | None = None,
+    sources: Callable[[fx.Node], Sequence[fx.Node]] = lambda each: each.all_input_nodes,
+) -> Iterator[fx.Node]:
+    """This node and all that it is computed from, as far as `enters` lets through and up to so many nodes. `sources` of
+    a node are those that count.
+    """
     seen, todo = {node}, [node] if enters(node) else []
     while todo and (limit is None or len(seen) < limit):
         current = todo.pop()
         yield current
-        for source in current.all_input_nodes:
+        for source in sources(current):
             if source not in seen and enters(source):
                 seen.add(source)
                 todo.append(source)
