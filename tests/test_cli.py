@@ -303,9 +303,9 @@ def test_stopping_is_no_traceback(zoo: Path, run: Callable[..., Ran], monkeypatc
 def test_the_installed_command(zoo: Path, root: Path) -> None:
     """The console entry in a process of its own, where nothing hides what goes to stdout and stderr."""
     script = Path(sys.executable).parent / "rewriter"
-    command = [str(script)] if script.exists() else [sys.executable, "-c", "from rewriter.cli import main; main()"]
+    module = [sys.executable, "-m", "rewriter"]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    for extra in ([], ["--json"]):
+    for command, extra in (([str(script)] if script.exists() else module, []), (module, ["--json"])):
         done = subprocess.run([*command, "explain", "nowhere", *extra], capture_output=True, text=True, env=environment)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
         assert json.loads(done.stdout)["error"] in done.stderr if extra else done.stdout == ""
