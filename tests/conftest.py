@@ -152,13 +152,18 @@ _gpu_tests_run: set[str] = set()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        _gpu_tests.add(item.nodeid)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not _INTERPRETED:
+    if item.nodeid in _gpu_tests and not torch.cuda.is_available() and not _INTERPRETED:
         pytest.skip("no CUDA device")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # From reports, not from items: those of other processes that run tests reach this one as reports only.
+    # With more than one process, this one collects nothing: it knows the tests of the others by their reports.
     if "gpu" in report.keywords:
         _gpu_tests.add(report.nodeid)
         if report.when == "call" and not report.skipped:

@@ -305,7 +305,8 @@ def test_the_installed_command(zoo: Path, root: Path) -> None:
     script = Path(sys.executable).parent / "rewriter"
     module = [sys.executable, "-m", "rewriter"]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    for command, extra in (([str(script)] if script.exists() else module, []), (module, ["--json"])):
+    installed = [str(script)] if script.exists() else module
+    for command, extra in ((installed, []), (installed, ["--json"]), (module, ["--json"])):
         done = subprocess.run([*command, "explain", "nowhere", *extra], capture_output=True, text=True, env=environment)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
         assert json.loads(done.stdout)["error"] in done.stderr if extra else done.stdout == ""
