@@ -35,6 +35,14 @@ def wavy(s: Any, i: Any, j: Any) -> Any:
     return torch.where((i - j) % 3 == 0, half * half, torch.maximum(s, -s.exp())) + torch.sqrt((i // 2 - j).abs() + 1.0)
 
 
+def striped(s: Any, i: Any, j: Any) -> Any:
+    return s + 0.1 * (j // 7 - i // 3).abs()
+
+
+def on_diagonals(i: Any, j: Any) -> Any:
+    return (j % 5 == i % 5) | (j // 7 % 4 < (i // 7).clamp(max=2))
+
+
 CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
     "every key": (Formula(), {}, {}),
     "causal": (Formula((causal,), numbers={"offset": 0}), {}, {}),
@@ -48,6 +56,7 @@ CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
         {},
         {"slopes": torch.rand(4)},
     ),
+    "divided keys": (Formula((on_diagonals,), (striped,)), {}, {}),
     "all operations": (Formula(scores=(wavy,)), {}, {}),
     "segments": (Formula((same_segment,)), {}, {"segment": torch.randint(0, 3, (2, 133)).sort(-1).values}),
     "padding": (Formula((tokens,)), {}, {"padding": torch.rand(2, 133) < 0.5}),
@@ -96,6 +105,21 @@ def check_kernel(name: str, dtype: torch.dtype) -> None:
     extra = {"sink": sink.double()} if sink is not None else {}
     expected = formula.reference(query.double(), key.double(), value.double(), sizes["scale"], **extra, **wide)
     assert error(out.double(), expected) <= tolerance(dtype)
+
+
+def test_what_is_divided_of_a_key_alone_is_computed_once() -> None:
+    spec = cpp.spec_of(Formula((on_diagonals,), (striped,)), head_dim=16, v_head_dim=16, dtype=torch.float32)
+    assert len(spec.keyed) == 3  # j % 5, j // 7 % 4 and j // 7
+    for text in (spec.mask, spec.score):
+        assert text is not None
+        assert "(j" not in text
+
+
+def test_whole_numbers_are_compared_as_such() -> None:
+    spec = cpp.spec_of(Formula((on_diagonals,)), head_dim=16, v_head_dim=16, dtype=torch.float32)
+    assert spec.mask is not None
+    assert "std::min<int64_t>" in spec.mask
+    assert "float" not in spec.mask
 
 
 def test_a_tensor_that_is_too_short_is_a_sentence() -> None:

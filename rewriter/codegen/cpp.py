@@ -9,11 +9,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from rewriter.codegen.blocks import lists_of, promising, work
 from rewriter.codegen.dialect import CPP, printed, word
-from rewriter.codegen.expression import Expression, kind_of_type, kinds_of, places, spelled
+from rewriter.codegen.expression import Expression, above, kind_of, kind_of_type, kinds_of, places, spelled
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.fragments import captured
 from rewriter.codegen.native import Kernel, Spec, load
@@ -39,12 +39,14 @@ def spec_of(
     """What the C++ source of a formula is made from; `tensors` are the types of those that a call passes."""
     known = dict(tensors or {})
     mask, score = formula.expressions({name: kind_of_type(each) for name, each in known.items()})
+    keyed: list[str] = []
     return Spec(
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         dtype=str(dtype).removeprefix("torch."),
-        mask=_text(mask) if mask else None,
-        score=_text(score) if score else None,
+        mask=_text(mask, keyed) if mask else None,
+        score=_text(score, keyed) if score else None,
+        keyed=tuple(keyed),
         normaliser=formula.normaliser,
         captures=tuple(
             (word(name), str(known[name]).removeprefix("torch."), rank) for name, rank in captured(mask, score).items()
@@ -116,6 +118,29 @@ def attention(
     return made if isinstance(made, Refusal) else Attention(formula, made)
 
 
-def _text(expression: Expression) -> str:
-    lines, (result,) = printed(expression.graph, CPP)
+def _text(expression: Expression, keyed: list[str]) -> str:
+    """What it says, with reads of `keyed` in place of what it divides of the key alone, which is put there."""
+    known: dict[fx.Node, str] = {}
+    for node in _of_keys(expression.graph):
+        known[node] = f"keyed{len(keyed)}"
+        keyed.append(_said(*printed(expression.graph, CPP, [node])))
+    return _said(*printed(expression.graph, CPP, known=known))
+
+
+def _said(lines: list[str], results: list[str]) -> str:
+    (result,) = results
     return f"[&] {{ {' '.join(lines)} return {result}; }}()" if lines else result
+
+
+def _of_keys(graph: fx.Graph) -> list[fx.Node]:
+    """Integers that are computed from `j` alone by divisions, where something else begins."""
+    alone: dict[fx.Node, None] = {}  # in the order of the graph
+    for node in graph.nodes:
+        read = node.all_input_nodes
+        if node.target == "j" or (node.op != "output" and kind_of(node) == "int" and read and alone.keys() >= {*read}):
+            alone[node] = None
+    return [
+        node
+        for node in alone
+        if not alone.keys() >= {*node.users} and any(spelled(each) in ("floordiv", "mod") for each in above([node]))
+    ]

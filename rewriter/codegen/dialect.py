@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from rewriter.codegen.expression import INDICES, Kind, bounds, kind_of, places, spelled
+from rewriter.codegen.expression import INDICES, Kind, above, bounds, kind_of, places, spelled
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,48 @@ def word(name: str) -> str:
     return name if name in INDICES else f"in_{name}"
 
 
-def printed(graph: fx.Graph, dialect: Dialect) -> tuple[list[str], list[str]]:
-    """The lines that compute a graph, and the texts of its results."""
-    texts: dict[fx.Node, str] = {}
+def printed(
+    graph: fx.Graph,
+    dialect: Dialect,
+    results: Sequence[Any] | None = None,
+    known: Mapping[fx.Node, str] = MappingProxyType({}),
+) -> tuple[list[str], list[str]]:
+    """The lines that compute `results`, nodes or numbers (without them what the graph returns), and their texts. What
+    is `known` has a text already.
+    """
+    if results is None:
+        (output,) = graph.find_nodes(op="output")
+        results = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
+    texts = dict(known)
     lines: list[str] = []
-    read = Counter(source for node in graph.nodes for source in tree_leaves((node.args, node.kwargs)))
+    needed = above(results, known)
+    read = Counter(tree_leaves([(node.args, node.kwargs) for node in needed if node not in known]))
+    read.update(results)
 
     def text(value: Any) -> str:
         return texts[value] if isinstance(value, fx.Node) else dialect.literal(value)
 
     for node in graph.nodes:
+        if node not in needed or node in known:
+            continue
         if node.op == "placeholder":
             texts[node] = word(str(node.target))
-        elif node.op == "output":
-            results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
-            return lines, [text(each) for each in results]
-        else:
-            written = _written(node, dialect, text)
-            if read[node] > 1 and spelled(node) != "constant":
-                name = f"t{len(lines)}"
-                lines.append(dialect.assign(name, written, kind_of(node)))
-                written = name
-            texts[node] = written
-    raise AssertionError("a graph has an output")
+            continue
+        texts[node] = _written(node, dialect, text)
+        if read[node] > 1 and spelled(node) != "constant":
+            name = f"t{len(lines)}"
+            lines.append(dialect.assign(name, texts[node], kind_of(node)))
+            texts[node] = name
+    return lines, [text(each) for each in results]
 
 
 def _written(node: fx.Node, dialect: Dialect, text: Callable[[Any], str]) -> str:
     operation = spelled(node)
     assert operation is not None
+
+    def said(operation: str) -> str:
+        return dialect.words.get(f"{operation}:{kind_of(node)}") or dialect.words[operation]
+
     if operation == "constant":
         return dialect.literal(node.args[1])
     if operation == "getitem":
@@ -65,15 +80,14 @@ def _written(node: fx.Node, dialect: Dialect, text: Callable[[Any], str]) -> str
     if operation == "clamp":
         low, high = bounds(node)
         inner = text(node.args[0])
-        inner = dialect.words["maximum"].format(inner, text(low)) if low is not None else inner
-        return dialect.words["minimum"].format(inner, text(high)) if high is not None else inner
+        inner = said("maximum").format(inner, text(low)) if low is not None else inner
+        return said("minimum").format(inner, text(high)) if high is not None else inner
     args = [
         dialect.operand(text(each), kind_of(each), kind_of(node)) if operation in ("add", "sub", "mul", "div") else
         text(each)
         for each in node.args
     ]  # fmt: skip
-    word = dialect.words.get(f"{operation}:{kind_of(node)}") or dialect.words[operation]
-    return word.format(*args)
+    return said(operation).format(*args)
 
 
 def _python_literal(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,6 +111,18 @@ def places(node: fx.Node) -> tuple[Any, ...]:
     """The indices at which a captured tensor is read."""
     index = node.args[1]
     return index if isinstance(index, tuple) else (index,)
+
+
+def above(values: Iterable[Any], known: Container[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes among these values, and those that they are computed from; nothing behind what is `known`."""
+    found: set[fx.Node] = set()
+    todo = [value for value in values if isinstance(value, fx.Node)]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [] if node in known else node.all_input_nodes
+    return found
 
 
 def bounds(node: fx.Node) -> tuple[Any, Any]:

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import TRITON, printed, word
-from rewriter.codegen.expression import Expression, Kind, places
+from rewriter.codegen.expression import Expression, Kind, above, places
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.source import interpreted, rendered
 from rewriter.errors import OptionError
@@ -121,29 +120,8 @@ def _gradients(score: Expression, wanted: tuple[str, ...]) -> list[dict[str, Any
     found = []
     for number, node in enumerate(derivatives(score)[1]):
         if (name := str(node.args[0])) in wanted:
-            lines, index = printed(_places_only(node), TRITON)
-            used = {str(each.target) for each in _above(node) if each.op == "placeholder"}
+            lines, index = printed(node.graph, TRITON, places(node))
+            used = {str(each.target) for each in above(places(node)) if each.op == "placeholder"}
             along = ("i" if used & {"i", "row"} else "") + ("j" if "j" in used else "")
             found.append({"name": word(name), "slope": number + 1, "lines": lines, "index": index, "along": along})
-    return found
-
-
-def _places_only(node: fx.Node) -> fx.Graph:
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    needed = _above(node)
-    for each in node.graph.nodes:
-        if each in needed:
-            copies[each] = graph.node_copy(each, copies.__getitem__)
-    graph.output(tuple(copies[place] if isinstance(place, fx.Node) else place for place in places(node)))
-    return graph
-
-
-def _above(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = [place for place in places(node) if isinstance(place, fx.Node)]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += current.all_input_nodes
     return found

@@ -49,6 +49,8 @@ class Spec:
     mask        a C++ expression that is true where query position `i` sees key position `j` (int64_t), for batch row
                 `b` and head `h`; `i` is aligned at the end: row + kv_len - q_len. Read in the partial blocks only
     score       a C++ expression for the new score, from the scaled one `s` (float) and the same four
+    keyed       C++ expressions of `j` alone, integers, computed once for all queries of a block: `mask` and `score`
+                read the first as `keyed0`
     captures    (name, dtype as torch prints it, rank from 1) of tensors that both may read, as in `padding(b, j)`
     width       how many scores of a query are held at a time
     wide        products of matrices take float32 in place of a narrower `dtype`, as `load` has it on CPUs without one
@@ -61,6 +63,7 @@ class Spec:
     dtype: str = "float32"
     mask: str | None = None
     score: str | None = None
+    keyed: tuple[str, ...] = ()
     normaliser: str = "softmax"
     captures: tuple[tuple[str, str, int], ...] = ()
     block_m: int = 64
