@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from rewriter.codegen.blocks import runs_of
 from rewriter.codegen.families import kernels_of
 from rewriter.codegen.formula import Formula, indices
+from rewriter.errors import OptionError
 from rewriter.site import Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import assert_close, brute_force, inputs
@@ -19,6 +21,8 @@ from rewriter.variant import Config, variants
 
 S2 = variants()["s2"]
 SITE = S2.cases[0].site
+WHOLE = replace(SITE, mask=Full(), heads=4)
+"""Its queries see both sides."""
 
 
 def visible(formula: Formula, heads: int, length: int) -> torch.Tensor:
@@ -36,6 +40,32 @@ def test_the_published_pattern() -> None:
     rows = [["".join("01"[int(x)] for x in row) for row in head] for head in seen[:, 3::4, ::4].tolist()]
     assert rows[0] == ["100000", "110000", "111000", "101100", "100110", "100111"]
     assert rows[1] == ["100000", "110000", "011000", "001100", "001110", "001011"]
+
+
+@pytest.mark.parametrize(("local", "right", "stride"), [(2, 2, 3), (1, 3, 4), (3, 1, 2), (2, 2, 1)])
+def test_the_pattern_of_both_sides(local: int, right: int, stride: int) -> None:
+    """The published rule, for each pair of blocks; and its mirror image."""
+    formula = S2.formula(WHOLE, {"block": 4, "local": local, "right": right, "stride": stride})
+    seen = visible(formula, 4, 50)
+    for m, n in itertools.product(range(13), repeat=2):
+        keep = (max(0, m - n - local + 1) + max(0, n - m - right + 1)) % stride == 0
+        assert bool((seen[:, 4 * m : 4 * m + 4, 4 * n : 4 * n + 4] == keep).all())
+    mirrored = {"block": 4, "local": right, "right": local, "stride": stride}
+    assert torch.equal(visible(S2.formula(WHOLE, mirrored), 4, 48), visible(formula, 4, 48).mT)
+
+
+def test_both_sides_visit_their_blocks_only() -> None:
+    formula = S2.formula(WHOLE, {"block": 16, "local": 2, "right": 2, "stride": 4})
+    runs = runs_of(formula.expressions({})[0], batch=1, heads=4, q_len=512, kv_len=512, block_m=16, block_n=16)
+    whole = visible(formula, 4, 512)[0].unflatten(0, (32, 16)).unflatten(2, (32, 16)).any(3).any(1)
+    assert runs.visited == whole.sum() and not runs.runs[:, 2].any(), "and none of them has to be masked"
+    assert whole.sum() < 0.4 * 32 * 32
+
+
+@pytest.mark.parametrize("config", [{"phase": 1}, {"dense": 1}, {"alike": True}], ids=str)
+def test_heads_differ_in_one_direction_only(config: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="all heads keep the same"):
+        S2.build(WHOLE, {"block": 16, "local": 2, "right": 2, "stride": 4, **config})
 
 
 @pytest.mark.parametrize(
@@ -57,8 +87,20 @@ def test_only_kept_blocks_are_visited(config: dict[str, Any]) -> None:
         assert torch.equal(whole[3], torch.ones(32, 32).tril().bool())
 
 
-@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding()], ids=str)
-@pytest.mark.parametrize("config", [{"stride": 1, "local": 1}, {"stride": 7, "local": 13}, {"stride": 7, "dense": 2}])
+@pytest.mark.parametrize(
+    ("mask", "config"),
+    [
+        *itertools.product(
+            (Causal(), Causal() & Padding()),
+            ({"stride": 1, "local": 1}, {"stride": 7, "local": 13}, {"stride": 7, "dense": 2}),
+        ),
+        *itertools.product(
+            (Full(), Full() & Padding(), Causal()),
+            ({"stride": 1, "local": 1, "right": 1}, {"stride": 7, "local": 13, "right": 13}),
+        ),
+    ],
+    ids=str,
+)
 def test_exact_where_nothing_is_left_out(mask: Any, config: dict[str, int]) -> None:
     site = replace(SITE, mask=mask).sized(batch=3, q_len=200, kv_len=200)
     arguments = inputs(site, seed=1)
@@ -92,7 +134,7 @@ def test_a_step_of_decoding_is_causal_by_itself() -> None:
     assert torch.equal(out, causal)
     assert_close(out, S2.reference(*arguments, step, config), torch.float32)
     refused = S2.takes(step.sized(batch=1, q_len=2, kv_len=4096), Target.current())
-    assert isinstance(refused, Refusal) and "causal mask" in refused.reason
+    assert isinstance(refused, Refusal) and "cross-attention" in refused.reason
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")

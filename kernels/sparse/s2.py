@@ -7,8 +7,15 @@ query of block m sees the keys of block n <= m (token by token in its own block,
 
 for the key/value head g, which all its query heads share, and step = max(1, stride // number of query heads), 0 where
 all heads are `alike`. The phase is absolute: a column behind the window is kept for all later queries or for none, so a
-step of decoding reads 1/stride of the cache, and what is never read again needs no memory. Exact with stride 1, and
-while all keys are local. Work is O(N * (N / stride + local * block)); grouped keys and values are not repeated.
+step of decoding reads 1/stride of the cache, and what is never read again needs no memory.
+
+With `right` local blocks on the other side, which count the query's own as well, this is the form for queries that also
+see what comes after them. The phase is relative then, and the same for all heads: a query sees block n iff
+
+    (max(0, m - n - local + 1) + max(0, n - m - right + 1)) % stride == 0
+
+Exact with stride 1, and while all keys are local. Work is O(N * (N / stride + local * block)); grouped keys and values
+are not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.codegen.formula import ELEMENTS, Formula, of_site
+from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import defined, generated
+from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
@@ -43,12 +52,22 @@ def kept(
     return (i // block - j // block < local) | own | (h // group >= sparse)
 
 
+def around(i: Any, j: Any, block: int, left: int, right: int, stride: int) -> Any:
+    """Near blocks on both sides, and every `stride`-th of those beyond them."""
+    before = i // block - j // block  # blocks from the key's to the query's
+    return ((before - left + 1).clamp(min=0) + (1 - before - right).clamp(min=0)) % stride == 0
+
+
 def numbers(site: AttentionSite, config: Config) -> dict[str, int]:
-    """Those of `kept`."""
-    stride = int(config["stride"])
+    """Those of `kept`, or of `around`."""
+    block, local, stride = (int(config[name]) for name in ("block", "local", "stride"))
+    if "right" in config:
+        if own := sorted({"phase", "dense", "alike"} & set(config)):
+            raise OptionError(f"{' and '.join(own)}: with blocks on the right, all heads keep the same")
+        return {"block": block, "left": local, "right": int(config["right"]), "stride": stride}
     return {
-        "block": int(config["block"]),
-        "local": int(config["local"]),
+        "block": block,
+        "local": local,
         "stride": stride,
         "step": 0 if config.get("alike", False) else max(1, stride // site.heads),
         "phase": int(config.get("phase", 0)),
@@ -59,8 +78,8 @@ def numbers(site: AttentionSite, config: Config) -> dict[str, int]:
 
 def formula(site: AttentionSite, config: Config) -> Formula:
     """The site's own, with fewer keys."""
-    own = of_site(site)
-    return replace(own, masks=(*own.masks, kept), numbers={**own.numbers, **numbers(site, config)})
+    own, mask = of_site(site), around if "right" in config else kept
+    return replace(own, masks=(*own.masks, mask), numbers={**own.numbers, **numbers(site, config)})
 
 
 def attend(
@@ -120,14 +139,18 @@ def shards(near: int, kv_heads: int, pattern: dict[str, int], device: torch.devi
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
-    """Causal self-attention, with or without padding, over more keys than twice the fewest local ones."""
-    reason, fewest = "", 2 * _BLOCK * min(local for local, _ in _OFFERED)
+    """Causal or full self-attention, with or without padding, over more keys than twice the fewest local ones."""
+    reason, fewest = "", min(2 * locals_of(site, local) for local, _ in _OFFERED)
     if site.dropout_p > 0:
         reason = f"dropout of {site.dropout_p} would have other random numbers, and fewer keys to drop"
     elif site.mask.has(Dense):
         reason = "the mask is a tensor of which nothing is known, so what a shard of it means is not known either"
-    elif site.mask.positional != Causal() and not site.single_query_decode:
-        reason = f"shards are defined for a causal mask, and this one is {site.mask}"
+    elif site.mask.has(SlidingWindow):
+        reason = f"the attention is local already: {site.mask}"
+    elif site.mask.positional not in (Full(), Causal()):
+        reason = f"shards are defined for a causal or a full mask, and this one is {site.mask}"
+    elif site.q_len != site.kv_len and not looks_back(site):
+        reason = f"{site.q_len} queries over {site.kv_len} keys is cross-attention, where no key is near a query"
     elif site.kv_len is not None and site.kv_len <= fewest:
         reason = f"{site.kv_len} keys are too few for shards: of {fewest} the local ones are half"
     return Refusal(reason, site.path, site.source) if reason else True
@@ -135,12 +158,25 @@ def applies(site: AttentionSite, target: Target) -> bool | Refusal:
 
 def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
     """The most keys first; none whose local blocks hold half of the keys."""
-    fitting = [each for each in _OFFERED if site.kv_len is None or 2 * _BLOCK * each[0] < site.kv_len]
-    return [{"block": _BLOCK, "local": local, "stride": stride} for local, stride in fitting]
+    fitting = [each for each in _OFFERED if site.kv_len is None or 2 * locals_of(site, each[0]) < site.kv_len]
+    found: list[Config] = [{"block": _BLOCK, "local": local, "stride": stride} for local, stride in fitting]
+    return found if looks_back(site) else [{**config, "right": config["local"]} for config in found]
+
+
+def looks_back(site: AttentionSite) -> bool:
+    """Do its queries see nothing that comes after them?"""
+    return site.mask.positional == Causal() or site.single_query_decode
+
+
+def locals_of(site: AttentionSite, local: int) -> int:
+    """Keys in the local blocks of a query."""
+    return _BLOCK * (local if looks_back(site) else 2 * local - 1)
 
 
 def gathered(site: AttentionSite, config: Config) -> Implementation:
     """Keys gathered for each head, in plain PyTorch."""
+    if "right" in config:
+        return Gathered(formula(site, config), site.scale)
     return partial(attend, scale=site.scale, pattern=numbers(site, config))
 
 
@@ -149,6 +185,7 @@ _SITE = AttentionSite(
     batch=3, q_len=520, kv_len=520,
 )  # fmt: skip
 _SMALL: Config = {"block": 16, "local": 2, "stride": 3}
+_FULL, _BOTH = replace(_SITE, mask=Full(), q_len=921, kv_len=921), {**_SMALL, "right": 3}
 _MIXED: Config = {"block": 16, "local": 1, "stride": 12, "phase": 5, "dense": 1}
 
 VARIANT = Variant(
@@ -172,13 +209,17 @@ VARIANT = Variant(
         Case(site=replace(_SITE, sink="learned"), configs=[_SMALL]),
         Case(site=replace(_SITE, normaliser="sigmoid"), configs=[_SMALL]),
         Case(site=replace(_SITE, normaliser="relu"), configs=[_SMALL]),
+        Case(site=replace(_FULL, batch=1)),
+        Case(site=replace(_FULL, mask=Padding() & Full(), dtype="bfloat16"), configs=[_BOTH]),
+        Case(site=replace(_FULL, bias="dense", sink="learned"), configs=[_BOTH]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),
         replace(_SITE, mask=Causal() & Dense()),
         replace(_SITE, mask=SlidingWindow(255, 0)),
         replace(_SITE, mask=Causal(1)),
-        replace(_SITE, mask=Full()),
         replace(_SITE, q_len=512, kv_len=512),
+        replace(_FULL, q_len=896, kv_len=896),
+        replace(_FULL, q_len=512, kv_len=4096),
     ],
 )
