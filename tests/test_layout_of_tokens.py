@@ -121,6 +121,23 @@ def test_other_lengths_are_the_attention_of_the_site(q_len: int) -> None:
     assert_close(NEIGHBORHOOD.reference(*arguments, SITE, {"window": 4}), out, torch.float32)
 
 
+@pytest.mark.parametrize("border", ["mask", "zero"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_grid_is_one_graph(border: str, learned: bool) -> None:
+    built = variants()["halo"].build(SITE, {"block": 8, "halo": 3, "border": border})
+    query, key, value, _, _ = inputs(SITE, seed=4)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return built(q, k, v, None, None)
+
+    query.requires_grad_(learned)
+    out = torch.compile(run, backend="aot_eager", fullgraph=True)(query, key, value)
+    assert_close(out, run(query, key, value), torch.float32)
+    if learned:
+        given = torch.autograd.grad(out.square().sum(), query)[0]
+        assert_close(given, torch.autograd.grad(run(query, key, value).square().sum(), query)[0], torch.float32)
+
+
 @pytest.mark.parametrize("back", [0, 5])
 @pytest.mark.parametrize("front", [0, 3])
 def test_tokens_around_see_all_and_are_seen_by_all(front: int, back: int) -> None:
@@ -277,7 +294,7 @@ def test_their_lists_skip_what_is_hidden(layout: Layout, rules: Rules, expected:
     ("name", "config"),
     [
         ("halo", {"block": 8, "halo": 2}),
-        ("halo", {"block": 8, "halo": 2, "border": "zero"}),
+        ("halo", {"block": 8, "halo": 2, "border": "wrap"}),
         ("halo", {"block": 0, "halo": 2, "border": "mask"}),
         ("dilated", {"scope": "near", "group": 8}),
         ("dilated", {"scope": "local", "group": "8x8x8"}),

@@ -5,11 +5,16 @@ softmax, without the learned relative positions. With blocks of b and a halo of 
 
     border "mask":   start - h <= j < start + b + h, with start = i // b * b, as far as there are tokens
     border "shift":  as many keys at every border, the window of b + 2h moved inward (all of the axis if it is shorter)
+    border "zero":   the keys of "mask", and one of zeros for each place of the window that is outside of the grid
 
-The third reading, zero keys that take part in the softmax, is refused: no token of the model is one. With "shift", it
-is neighborhood attention with stride b and window b + 2h. Tokens around the grid see all and are seen by all.
-Exact where one block covers each axis. Calls of other lengths than the grid's are the site's own attention, exactly.
-Work is O(N * (b + 2h)^axes), memory O(N).
+With "shift", it is neighborhood attention with stride b and window b + 2h. "zero" is how the paper is read by
+timm.layers.HaloAttn, which pads keys and values after their projections: each such place has the score 0 (so has its
+softcap; nothing is added to it) and no value, so that a query at a border sees less of what is there. Models that are
+trained so need it; of another it is the worst of the three, and no search offers it: it has to be named.
+
+Tokens around the grid see all of its tokens and are seen by all. Exact where one block covers each axis (but for "zero"
+with a halo). Calls of other lengths than the grid's are the site's own attention, exactly. Work is
+O(N * (b + 2h)^axes), memory O(N).
 """
 
 from __future__ import annotations
@@ -48,15 +53,28 @@ class Halo:
         return (key.at >= start) & (key.at < start + window)
 
 
+@dataclass(frozen=True)
+class ZeroHalo(Halo):
+    """The same, with zeros for what is outside of the axis."""
+
+    def reach(self, query: Place, size: int) -> tuple[Any, int]:
+        """How many places of the axis a query sees, and how many with those outside of it."""
+        start, window = query.at // self.block * self.block - self.halo, self.block + 2 * self.halo
+        return ((start + window).clamp(max=size) - start.clamp(min=0)).clamp(min=0), window
+
+
 def rules(site: AttentionSite, config: Config) -> Rules:
-    """Of each axis. `block` and `halo` are written "8x8", or as one number for all; `border` is "mask" or "shift"."""
+    """Of each axis. `block` and `halo` are written "8x8", or as one number for all; `border` is one of three words."""
     rank = len(plane_of(site).sides)
     blocks, halos = numbers(config, "block", rank), numbers(config, "halo", rank)
-    if config.get("border") not in ("mask", "shift"):
-        raise OptionError(f"the border is {config.get('border')!r}; it is 'mask' or 'shift'")
+    border = config.get("border")
+    if border not in ("mask", "shift", "zero"):
+        raise OptionError(f"the border is {border!r}; it is 'mask', 'shift' or 'zero'")
     if min(blocks) < 1:
         raise OptionError(f"a block of {config['block']} tokens")
-    return tuple(Halo(block, halo, config["border"] == "shift") for block, halo in zip(blocks, halos, strict=True))
+    if border == "zero":
+        return tuple(ZeroHalo(block, halo) for block, halo in zip(blocks, halos, strict=True))
+    return tuple(Halo(block, halo, border == "shift") for block, halo in zip(blocks, halos, strict=True))
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
@@ -101,6 +119,13 @@ VARIANT = Variant(
         Case(site=_LONG, configs=[{"block": "3x8", "halo": "2x3", "border": "shift"}]),
         Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"block": 8, "halo": 3, "border": "shift"}]),
         Case(site=replace(_SITE, softcap=2.0), configs=[{"block": 8, "halo": 3, "border": "shift"}]),
+        Case(site=replace(_SITE, softcap=2.0), configs=[{"block": 8, "halo": 3, "border": "zero"}]),
+        Case(
+            site=replace(_SITE, dtype="bfloat16", mask=Padding() & Full()),
+            configs=[{"block": "5x6", "halo": 2, "border": "zero"}],
+        ),
+        Case(site=_LONG, configs=[{"block": "3x8", "halo": "2x3", "border": "zero"}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"block": 8, "halo": 3, "border": "zero"}]),
     ],
     near_misses=[
         replace(_SITE, dropout_p=0.1),

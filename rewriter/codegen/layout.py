@@ -1,9 +1,12 @@
 """Masks over the coordinates of tokens, one rule for each axis of their grid, and the kernels that make use of them.
 
 A key is seen iff every axis sees it: an `AxisRule`. Tokens in front of the grid and behind it see all and are seen by
-all. A kernel gets the tokens in the order of boxes (`rewriter/codegen/grid.py`), the residues of a dilated axis apart
-from each other, and those without a place behind them, so that its blocks are boxes and what the mask hides is not
-visited. The sides of the boxes are those with the fewest pairs of boxes to visit, counted axis by axis.
+all. Rules that are `Reaching` see places outside of the grid, too: keys in front of all others, that are zero, stand
+for these, and a query sees as many of them as it sees such places.
+
+A kernel gets the tokens in the order of boxes (`rewriter/codegen/grid.py`), the residues of a dilated axis apart from
+each other, and those without a place behind them, so that its blocks are boxes and what the mask hides is not visited.
+The sides of the boxes are those with the fewest pairs of boxes to visit, counted axis by axis.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +62,15 @@ class AxisRule(Protocol):
 
     def sees(self, query: Place, key: Place, size: int) -> Any:
         """Does a query see a key, on an axis of `size`?"""
+        ...
+
+
+@runtime_checkable
+class Reaching(AxisRule, Protocol):
+    """A rule that sees places outside of its axis, too. All rules of a grid are, or none is."""
+
+    def reach(self, query: Place, size: int) -> tuple[Any, int]:
+        """How many places of the axis a query sees, and how many with those outside of it."""
         ...
 
 
@@ -158,7 +170,7 @@ def from_boxes(x: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> T
 def seeing(layout: Layout, rules: Rules, box: tuple[int, ...] | None = None) -> IndexFunction:
     """The mask as a function of indices: of tokens as they lie, or in the order of these boxes."""
     sides = folded(layout, rules, box) if box else layout.sides
-    count = math.prod(sides)
+    count, zeros = math.prod(sides), zeros_of(layout, rules)
 
     def placed(t: Any) -> list[Place]:
         found = coordinates(t if box else t - layout.front, sides, box or (1,) * len(rules))
@@ -189,9 +201,36 @@ def seeing(layout: Layout, rules: Rules, box: tuple[int, ...] | None = None) -> 
         # What is seen by all is a token, and what fills a box is none.
         return seen | free(j) | (free(i) & _inside(placed(j), layout)) if box else seen | free(i) | free(j)
 
+    def sees_zeros(i: Any, j: Any) -> Any:
+        query, seen, every = i - zeros, 1, 1
+        for place, rule, size in zip(placed(query), rules, layout.sides, strict=True):
+            assert isinstance(rule, Reaching)
+            inside, reached = rule.reach(place, size)
+            seen, every = seen * inside, every * reached
+        outside = (j < zeros) & (j < every - seen)
+        outside = outside & ~free(query) if layout.free else outside
+        return outside | ((j >= zeros) & sees(query, j - zeros))
+
+    return _named(sees_zeros if zeros else sees, f"{layout} {rules} {box}")
+
+
+def _named(function: IndexFunction, name: str) -> IndexFunction:
     # A compiled graph names the function, and must not take it for another.
-    sees.__name__, sees.__qualname__ = "on_grid", f"{layout} {rules} {box}"
-    return sees
+    function.__name__, function.__qualname__ = "on_grid", name
+    return function
+
+
+@cache
+def zeros_of(layout: Layout, rules: Rules) -> int:
+    """Keys that are zero, in whole boxes: enough for the query that sees most places outside of the grid."""
+    least, every = 1, 1
+    for rule, size in zip(rules, layout.sides, strict=True):
+        if layout.endless or not isinstance(rule, Reaching):
+            return 0
+        x = torch.arange(size)
+        inside, reached = rule.reach(Place(x % rule.dilation, x // rule.dilation, rule.dilation), size)
+        least, every = least * int(inside.min()), every * reached
+    return -(-(every - least) // BOX) * BOX
 
 
 def _inside(places: Sequence[Place], layout: Layout) -> Any:
