@@ -70,7 +70,8 @@ class Variant:
     cases       sites that the tests and benchmarks run
     near_misses sites that `takes` must refuse
     elements    which of `AttentionSite.elements` it computes, beyond softmax(scale * q k^T + mask) v
-    formula     what it computes, in the terms of one of the families of kernels, which are generated from it; or None
+    formula     what it computes, in the terms of one of the families of kernels, which are generated from it; or None,
+                as of a config that is several of them
     """
 
     name: str
@@ -83,7 +84,7 @@ class Variant:
     cases: Sequence[Case] = field(default=())
     near_misses: Sequence[AttentionSite] = field(default=())
     elements: frozenset[str] = frozenset()
-    formula: Callable[[AttentionSite, Config], Formula | LinearFormula] | None = None
+    formula: Callable[[AttentionSite, Config], Formula | LinearFormula | None] | None = None
 
     def concerns(self, site: AttentionSite) -> bool:
         """Is it for attention of this kind: with scores, or to places in maps?"""

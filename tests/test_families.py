@@ -89,6 +89,8 @@ def test_cpp_where_it_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
         (["original"], f"no variant 'original' with a formula: choose among {', '.join(FORMULAS)}"),
         (["axial"], "axial does not apply: a sequence has one axis only"),
         (["axial", "--mask", "full"], "axial does not apply: it is not known how the tokens lie"),
+        (["axial", "--mask", "full", "--tokens", "24x24", "--config", "axis=all"], "several kernels: choose one"),
+        (["axial", "--mask", "full", "--tokens", "24x24", "--config", "axis=2"], "axis 2 is none of the 2"),
         (["sdpa", "--dtype", "int8"], "'int8' is none of float32"),
         (["sdpa", "--mask", "diagonal"], "not a mask"),
         (["linear", "--mask", "sliding_window(3,0)"], "linear does not apply: a running sum can be causal or full"),

@@ -258,6 +258,40 @@ def test_an_axis_is_a_window_of_all_of_it_and_of_one_across() -> None:
     assert torch.equal(along(Along(causal=True), 9), torch.ones(9, 9).tril().bool())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tokens", "mask"), [("24x24+1", Full()), ("5x9x13", Full() & Padding())], ids=str)
+def test_all_axes_are_the_mean_of_each(tokens: str, mask: Any, causal: bool) -> None:
+    site, axial = on(tokens, mask=mask), variants()["axial"]
+    axes = range(tokens.count("x") + 1)
+    for calls in (site, site.sized(batch=2, q_len=7, kv_len=130)):  # others than the grid: the site's own attention
+        arguments = inputs(calls, seed=5)
+        found = axial.build(site, {"axis": "all", "causal": causal})(*arguments)
+        each = [axial.build(site, {"axis": axis, "causal": causal})(*arguments) for axis in axes]
+        assert_close(found, torch.stack(each).mean(0), torch.float32)
+    assert_close(found, brute_force(*arguments, site=calls), torch.float32)
+
+
+def test_all_axes_by_hand() -> None:
+    """Of a plane: the mean of ordinary attention in its rows, and in its columns."""
+    site = on("13x40")
+    arguments = inputs(site, seed=6)
+    query, key, value = (t.double().unflatten(2, (13, 40)) for t in arguments[:3])
+    key, value = (t.repeat_interleave(2, 1) for t in (key, value))
+    rows = torch.einsum("bhyxd,bhyzd->bhyxz", query, key).mul(site.scale).softmax(-1)
+    columns = torch.einsum("bhyxd,bhzxd->bhyxz", query, key).mul(site.scale).softmax(-1)
+    out = torch.einsum("bhyxz,bhyzd->bhyxd", rows, value) + torch.einsum("bhyxz,bhzxd->bhyxd", columns, value)
+    wide = [t.double() for t in arguments[:3]]
+    found = variants()["axial"].reference(*wide, None, None, site, {"axis": "all"})
+    assert_close(found, out.flatten(2, 3) / 2, torch.float64)
+
+
+def test_all_axes_are_offered_and_are_several_kernels() -> None:
+    axial = variants()["axial"]
+    assert list(axial.configs(on("24x24"), Target.current())) == [{"axis": 0}, {"axis": 1}, {"axis": "all"}]
+    assert list(axial.configs(on("1x600"), Target.current())) == []
+    assert axial.formula is not None and axial.formula(SITE, {"axis": "all"}) is None
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "config"),
     [
@@ -299,6 +333,7 @@ def test_their_lists_skip_what_is_hidden(layout: Layout, rules: Rules, expected:
         ("dilated", {"scope": "near", "group": 8}),
         ("dilated", {"scope": "local", "group": "8x8x8"}),
         ("axial", {"axis": 2}),
+        ("axial", {"axis": "both"}),
     ],
 )
 def test_what_settings_of_the_others_are_refused(name: str, config: Any) -> None:

@@ -6,23 +6,42 @@ attention that is there already:
     out_i = softmax over {j : coordinates equal those of i but on `axis`} of scale * q_i k_j
 
 With `causal`, key positions on the axis are at most the query's. There each layer has one axis and its own projections,
-and layers follow one another; here each site has an axis of its own, and the joint softmax is over one axis only, which
-is an approximation. Tokens around the grid see all and are seen by all. Exact where the other axes have length 1.
-Calls of other lengths than the grid's are the site's own attention, exactly. Work is O(N * length of the axis), in
-boxes that are lines of the grid, memory O(N).
+and layers follow one another; here each site has a config of its own, so that a plan may let axes take turns, and the
+joint softmax is over one axis only, which is an approximation.
+
+With `axis` "all", each axis has a softmax of its own, and out_i is the mean of their results. Models that are made so
+(the package axial-attention, `sum_axial_out`) add them up, as each axis has its own projections; a site has one set,
+with which a sum would be as many times too large.
+
+Tokens around the grid see all and are seen by all. Exact where the other axes have length 1. Calls of other lengths
+than the grid's are the site's own attention, exactly. Work is O(N * length of the axis), in boxes that are lines of the
+grid, memory O(N).
+
+A causal site is refused, so that none can leak: what the paper makes causal in the order of rows is a stack of layers,
+by shifts of what goes into them, which is a matter of the model and not of a site.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from rewriter.codegen.gridded import built_on_grid, defined_on_grid, formula_on_grid
-from rewriter.codegen.layout import Place, Rules, layout_of, plane_of, sparing
+import torch
+from torch import Tensor
+
+from rewriter.codegen.either import Either, pairs
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.gridded import built_on_grid, defined_on_grid, fits, formula_on_grid
+from rewriter.codegen.layout import Place, Rules, layout_of, plane_of, share, sparing
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal
 from rewriter.target import Target
-from rewriter.variant import Case, Config, Variant
+from rewriter.variant import Case, Config, Implementation, Variant
+
+ALL = "all"
+"""In place of an axis: each has its softmax."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +67,56 @@ class Across:
         return query.at == key.at
 
 
+@dataclass(frozen=True)
+class Mean:
+    """What several attentions give, on average."""
+
+    parts: Sequence[Implementation]
+
+    def __call__(self, *given: Any) -> Tensor:
+        """(B, H, tokens, Dv)."""
+        return torch.stack([part(*given) for part in self.parts]).mean(0)
+
+    def pairs(self, *given: Any) -> int:
+        """How many pairs of a query and a key are shown, in all of them."""
+        return sum(pairs(part, *given) or 0 for part in self.parts)
+
+
+def each_axis(site: AttentionSite, config: Config) -> list[Config]:
+    """The config of each softmax."""
+    if config["axis"] != ALL:
+        return [config]
+    return [{**config, "axis": axis} for axis in range(len(plane_of(site).sides))]
+
+
 def rules(site: AttentionSite, config: Config) -> Rules:
-    """`axis` counts from 0, in the order in which the grid is written."""
-    rank, axis = len(plane_of(site).sides), int(config["axis"])
-    if not 0 <= axis < rank:
+    """Of one softmax. `axis` counts from 0, in the order in which the grid is written."""
+    rank, axis = len(plane_of(site).sides), config["axis"]
+    if axis not in range(rank):
         raise OptionError(f"axis {axis} is none of the {rank} of the tokens")
     return tuple(Along(bool(config.get("causal", False))) if each == axis else Across() for each in range(rank))
+
+
+def reference(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    """The mean over the axes of the config."""
+    *given, site, config = rest
+    return Mean([partial(_defined, site=site, config=each) for each in each_axis(site, config)])(query, key, *given)
+
+
+def _defined(*given: Any, site: AttentionSite, config: Config) -> Tensor:
+    return defined_on_grid(rules)(*given, site, config)
+
+
+def build(site: AttentionSite, config: Config) -> Implementation:
+    """The implementation of each axis, of calls that hold the grid."""
+    parts = [built_on_grid(rules)(site, each) for each in each_axis(site, config)]
+    layout = plane_of(site)
+    return parts[0] if len(parts) == 1 else Either(Mean(parts), parts[0], lambda query, key: fits(layout, query, key))
+
+
+def formula(site: AttentionSite, config: Config) -> Formula | None:
+    """That of an axis; all of them have no common softmax."""
+    return None if config["axis"] == ALL else formula_on_grid(rules)(site, config)
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
@@ -68,12 +131,15 @@ def applies(site: AttentionSite, target: Target) -> bool | Refusal:
 
 
 def configs(site: AttentionSite, target: Target) -> list[Config]:
-    """The axes, the longest first: it keeps most."""
+    """One axis, the longest first: it keeps most. Then all of them."""
     layout = layout_of(site)
     if isinstance(layout, Refusal) or len(layout.sides) == 1:
         return []
     longest = sorted(range(len(layout.sides)), key=lambda axis: -layout.sides[axis])
-    return sparing(site, rules, [{"axis": axis} for axis in longest if layout.sides[axis] > 1])
+    found = sparing(site, rules, [{"axis": axis} for axis in longest if layout.sides[axis] > 1])
+    together: Config = {"axis": ALL}
+    visited = sum(share(layout, rules(site, each)) for each in each_axis(site, together))
+    return [*found, together] if visited < 0.5 and min(layout.sides) > 1 else found
 
 
 _SITE = AttentionSite(
@@ -86,17 +152,20 @@ VARIANT = Variant(
     name="axial",
     paper="arXiv:1912.12180, section 3.1",
     fidelity="approximate",
-    reference=defined_on_grid(rules),
+    reference=reference,
     applies=applies,
     configs=configs,
-    build=built_on_grid(rules),
-    formula=formula_on_grid(rules),
+    build=build,
+    formula=formula,
     elements=frozenset({"bias", "softcap", "sink"}),
     cases=[
         Case(site=_SITE, configs=[{"axis": 0}]),
-        Case(site=replace(_SITE, dtype="bfloat16", mask=Padding() & Full()), configs=[{"axis": 1, "causal": True}]),
-        Case(site=_VOLUME, configs=[{"axis": 1}]),
-        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"axis": 1}]),
+        Case(
+            site=replace(_SITE, dtype="bfloat16", mask=Padding() & Full()),
+            configs=[{"axis": 1, "causal": True}, {"axis": ALL}],
+        ),
+        Case(site=_VOLUME, configs=[{"axis": 1}, {"axis": ALL, "causal": True}]),
+        Case(site=replace(_SITE, bias="dense", sink="learned"), configs=[{"axis": 1}, {"axis": ALL}]),
         Case(site=replace(_SITE, softcap=2.0), configs=[{"axis": 1}]),
     ],
     near_misses=[

@@ -142,9 +142,15 @@ def _kernels(
         name, _, value = word.partition("=")
         if name not in settings:
             raise OptionError(f"{variant} has no setting {name!r}: {', '.join(settings) or 'it has none'}")
-        settings[name] = type(settings[name])(value)
+        try:
+            settings[name] = type(settings[name])(value)
+        except ValueError:  # where other words have other settings
+            settings[name] = value
     assert chosen.formula is not None
-    return kernels_of(chosen.formula(site, settings), site)
+    formula = chosen.formula(site, settings)
+    if formula is None:
+        raise OptionError(f"{variant} with these settings is several kernels: choose one of them")
+    return kernels_of(formula, site)
 
 
 def _blocks(text: str | None, made: Kernels, kernel: str, target: str) -> Any:
