@@ -107,6 +107,45 @@ def check_kernel(name: str, dtype: torch.dtype) -> None:
     assert error(out.double(), expected) <= tolerance(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_that_lie_elsewhere(dtype: torch.dtype) -> None:
+    """Queries and keys in an order of their own, with some that lie nowhere: as if they had been sorted before."""
+    formula = Formula((on_diagonals, tokens), (striped,), sink=True)
+    query, key, value = (torch.randn(2, heads, 150, 24).to(dtype) for heads in (4, 2, 2))
+    stand = torch.randperm(150)[:, None] == torch.randperm(190)[None]  # (tokens, places)
+    queries = torch.where(stand.any(0), stand.int().argmax(0), -1).int()
+    keys = torch.cat([queries.new_full((10,), -1), queries.flip(0)])
+    padding, sink = torch.rand(2, 200) < 0.7, torch.randn(4)
+    types = (("padding", torch.bool),)
+    kernel = cpp.kernel(formula, 24, 24, dtype, types, (32, 64), True)
+    assert not isinstance(kernel, Refusal), kernel
+
+    def standing(t: Tensor, places: Tensor) -> Tensor:
+        return torch.where(places[:, None] < 0, 0, t[:, :, places.clamp(min=0)])
+
+    out = cpp.Attention(formula, kernel, (queries, keys))(query, key, value, 0.3, sink=sink, padding=padding)
+    given = standing(query, queries), standing(key, keys), standing(value, keys)
+    expected = formula.reference(*(t.double() for t in given), 0.3, sink=sink.double(), padding=padding)
+    real = queries >= 0
+    assert out.shape == query.shape
+    assert error(out.double()[:, :, queries[real]], expected[:, :, real]) <= tolerance(dtype)
+    with pytest.raises(OptionError, match="inside of their tensor"):
+        cpp.Attention(formula, kernel, (queries + 1, keys))(query, key, value, 0.3, sink=sink, padding=padding)
+    with pytest.raises(OptionError, match="where the spec is ordered"):
+        cpp.Attention(formula, kernel)(query, key, value, 0.3, sink=sink, padding=padding[:, :150])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_are_taken_a_few_at_a_time(dtype: torch.dtype) -> None:
+    """More than fit into what is packed together."""
+    formula = Formula((near,), numbers={"window": 100})
+    query, key, value = (torch.randn(2, heads, 2500, 64).to(dtype) for heads in (6, 3, 3))
+    made = cpp.attention(formula, query, value, {})
+    assert not isinstance(made, Refusal), made
+    expected = formula.reference(query.double(), key.double(), value.double(), 0.3)
+    assert error(made(query, key, value, 0.3).double(), expected) <= tolerance(dtype)
+
+
 def test_what_is_divided_of_a_key_alone_is_computed_once() -> None:
     spec = cpp.spec_of(Formula((on_diagonals,), (striped,)), head_dim=16, v_head_dim=16, dtype=torch.float32)
     assert len(spec.keyed) == 3  # j % 5, j // 7 % 4 and j // 7

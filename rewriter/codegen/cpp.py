@@ -56,11 +56,17 @@ def spec_of(
 
 @cache
 def kernel(
-    formula: Formula, head_dim: int, v_head_dim: int, dtype: torch.dtype, tensors: Any, size: tuple[int, int] = _DEFAULT
+    formula: Formula,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: torch.dtype,
+    tensors: Any,
+    size: tuple[int, int] = _DEFAULT,
+    ordered: bool = False,
 ) -> Kernel | Refusal:
     """The kernel of a formula with blocks of `size`, built if need be; `tensors` are pairs of name and type."""
     spec = spec_of(formula, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, tensors=dict(tensors))
-    return load(replace(spec, block_m=size[0], block_n=size[1]))
+    return load(replace(spec, block_m=size[0], block_n=size[1], ordered=ordered))
 
 
 def sizes(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:
@@ -93,29 +99,54 @@ def operands(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str,
 
 @dataclass(frozen=True)
 class Attention:
-    """A formula on the CPU: operands (B, heads, S, .) as a Triton kernel is given them -> (B, H, Sq, Dv)."""
+    """A formula on the CPU: operands (B, heads, S, .) as a Triton kernel is given them -> (B, H, Sq, Dv). The formula
+    speaks of queries and keys that lie at these `places` of the operands, where they are given.
+    """
 
     formula: Formula
     kernel: Kernel
+    places: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, sink: Tensor | None = None, **tensors: Tensor
     ) -> Tensor:
         """Scale multiplies q k^T; `tensors` are those that the formula names."""
         spec = self.kernel.spec
-        runs = lists_of(self.formula)(query, key, tensors, spec.block_m, spec.block_n)
-        captures = operands(self.formula, query, key, tensors)
-        own = None if sink is None else sink.float()
-        return self.kernel(query, key, value, runs.first, runs.runs, scale=scale, sink=own, captures=captures)
+        standing = placed(query, key, self.places)
+        runs = lists_of(self.formula)(*standing, tensors, spec.block_m, spec.block_n)
+        return self.kernel(
+            query,
+            key,
+            value,
+            runs.first,
+            runs.runs,
+            scale=scale,
+            sink=None if sink is None else sink.float(),
+            captures=operands(self.formula, *standing, tensors),
+            places=self.places,
+        )
+
+
+def placed(query: Tensor, key: Tensor, places: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes that these would have with a row for each of the places."""
+    if places is None:
+        return query, key
+    query, key = (t[:, :, :1].expand(-1, -1, len(at), -1) for t, at in zip((query, key), places, strict=True))
+    return query, key
 
 
 def attention(
-    formula: Formula, query: Tensor, value: Tensor, tensors: Mapping[str, Tensor], size: tuple[int, int] = _DEFAULT
+    formula: Formula,
+    query: Tensor,
+    value: Tensor,
+    tensors: Mapping[str, Tensor],
+    size: tuple[int, int] = _DEFAULT,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Attention | Refusal:
     """The formula's kernel for operands like these, with blocks of `size`."""
     types = tuple((name, tensor.dtype) for name, tensor in tensors.items())
-    made = kernel(formula, query.shape[3], value.shape[3], query.dtype, types, size)
-    return made if isinstance(made, Refusal) else Attention(formula, made)
+    made = kernel(formula, query.shape[3], value.shape[3], query.dtype, types, size, places is not None)
+    return made if isinstance(made, Refusal) else Attention(formula, made, places)
 
 
 def _text(expression: Expression, keyed: list[str]) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.either import Either
-from rewriter.codegen.formula import Formula, of_site, passed, reading
-from rewriter.codegen.implementation import Build, FormulaOf, defined, generated
+from rewriter.codegen.formula import Formula, of_site
+from rewriter.codegen.gathered import Gathered
+from rewriter.codegen.implementation import Build, FormulaOf, Generated, defined, generated
 from rewriter.codegen.layout import Layout, Rules, RulesOf, box_of, from_boxes, plane_of, seeing, to_boxes, zeros_of
 from rewriter.site import AttentionSite
 from rewriter.variant import Config, Implementation
@@ -51,49 +52,72 @@ def built_on_grid(rules_of: RulesOf) -> Build:
 
     def build(site: AttentionSite, config: Config) -> Implementation:
         layout, rules = plane_of(site), rules_of(site, config)
-        local = generated(formula_on_grid(rules_of))(site, config)
+        formula = formula_on_grid(rules_of)(site, config)
+        plain = Gathered(formula, site.scale)
         if layout.endless:
-            return local
-        whole = formula_on_grid(rules_of, boxes=False)(site, config)
-        boxed = Boxed(local, whole, layout, rules, box_of(layout, rules), zeros_of(layout, rules))
+            return Generated(formula, site, plain)
+        order = Boxes(layout, rules, box_of(layout, rules), zeros_of(layout, rules))
+        boxed = Generated(formula, site, plain, order=order)
         return Either(boxed, generated(_own)(site, config), lambda query, key: fits(layout, query, key))
 
     return build
 
 
 @dataclass(frozen=True)
-class Boxed:
-    """`local` of tokens in the order of boxes, with so many `zeros` in front of the keys, as an attention of tokens as
-    they lie, whose masks are `formula`'s and `padding`. What is added to the scores follows the tokens; a mask that is
-    bool says nothing more, and is not read.
+class Boxes:
+    """The order of boxes, with so many `zeros` in front of the keys. What is added to the scores follows the tokens; a
+    mask that is bool says nothing more than the formula and the padding do, and is not read.
     """
 
-    local: Implementation
-    formula: Formula
     layout: Layout
     rules: Rules
     box: tuple[int, ...]
     zeros: int
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-    ) -> Tensor:
-        """(B, H, tokens, Dv)."""
-        order = self.layout, self.rules, self.box
-        query, key, value = (to_boxes(t, *order) for t in (query, key, value))
-        if padding is not None:
-            padding = to_boxes(padding[:, None, :, None], *order)[:, 0, :, 0]
-        bias = None if mask is None or mask.dtype == torch.bool else _bias_to_boxes(mask, *order)
-        given = _behind(self.zeros, key, value, bias, padding)
-        return from_boxes(self.local(query, *given, *sink), *order)
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the tokens of the boxes lie, as queries and as keys."""
+        lie = torch.arange(1, self.layout.length + 1, dtype=torch.int32).view(1, 1, -1, 1)
+        queries = self._sorted(lie).flatten() - 1
+        return queries, F.pad(queries, (self.zeros, 0), value=-1)
 
-    def pairs(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-    ) -> int:
-        """How many pairs of a query and a key are shown."""
-        key, value, mask, padding = _behind(self.zeros, key, value, mask, padding)
-        seen = passed(mask, padding)
-        return pairs_of(reading(self.formula, seen), query, key, seen)
+    def said(self, mask: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Biases (B or 1, H or 1, tokens, tokens), and padding (B, tokens), box by box."""
+        if padding is not None:
+            padding = F.pad(self._sorted(padding[:, None, :, None])[:, 0, :, 0], (self.zeros, 0), value=True)
+        if mask is None or mask.dtype == torch.bool:
+            return None, padding
+        bias = mask[(None,) * (4 - mask.dim())]
+        for axis in (2, 3):
+            if bias.shape[axis] > 1 or (axis == 3 and self.zeros):
+                bias = bias.expand(*bias.shape[:axis], self.layout.length, *bias.shape[axis + 1 :])
+                bias = self._sorted(bias.transpose(2, axis)).transpose(2, axis)
+        return F.pad(bias, (self.zeros, 0)), padding
+
+    def found(self, inner: Implementation) -> Implementation:
+        """`inner`, which goes by `places` itself, with what is said box by box."""
+
+        def run(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+        ) -> Tensor:
+            return inner(query, key, value, *self.said(mask, padding), *sink)
+
+        return run
+
+    def around(self, inner: Implementation) -> Implementation:
+        """`inner`, which takes tokens box by box, of tokens as they lie."""
+
+        def run(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+        ) -> Tensor:
+            key, value = (F.pad(self._sorted(t), (0, 0, self.zeros, 0)) for t in (key, value))
+            out = inner(self._sorted(query), key, value, *self.said(mask, padding), *sink)
+            return from_boxes(out, self.layout, self.rules, self.box)
+
+        return run
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        return to_boxes(x, self.layout, self.rules, self.box)
 
 
 def _behind(
@@ -108,15 +132,6 @@ def _behind(
     padding = None if padding is None else F.pad(padding, (zeros, 0), value=True)
     key, value = (F.pad(t, (0, 0, zeros, 0)) for t in (key, value))
     return key, value, mask, padding
-
-
-def _bias_to_boxes(bias: Tensor, layout: Layout, rules: Rules, box: Sequence[int]) -> Tensor:
-    """(B, H, tokens, tokens) as they lie -> box by box; axes of size 1 serve all."""
-    bias = bias[(None,) * (4 - bias.dim())]
-    for axis in (2, 3):
-        if bias.shape[axis] > 1:
-            bias = to_boxes(bias.transpose(2, axis), layout, rules, box).transpose(2, axis)
-    return bias
 
 
 def _own(site: AttentionSite, config: Config) -> Formula:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
@@ -33,6 +34,27 @@ Reads = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
 """What a formula reads of a call beside its mask and padding, made from query, key and padding: a map of blocks, say.
 It is part of the call, and of what is measured.
 """
+
+
+class Order(Protocol):
+    """Tokens as a formula sees them, where they lie otherwise in the operands of a call."""
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the queries and the keys of the formula lie, int32; -1 for one that is nowhere, which is zeros."""
+        ...
+
+    def said(self, mask: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What is said of pairs of tokens, and of keys, in this order."""
+        ...
+
+    def found(self, inner: Implementation) -> Implementation:
+        """`inner`, which goes by `places` itself, with what is said in this order."""
+        ...
+
+    def around(self, inner: Implementation) -> Implementation:
+        """`inner`, which takes tokens in this order, as an attention of tokens as they lie."""
+        ...
 
 
 def defined(formula: FormulaOf) -> Callable[..., Tensor]:
@@ -73,9 +95,15 @@ class Generated:
     """An attention by the fastest of what there is for its formula."""
 
     def __init__(
-        self, formula: Formula, site: AttentionSite, plain: Implementation, reads: Reads | None = None
+        self,
+        formula: Formula,
+        site: AttentionSite,
+        plain: Implementation,
+        reads: Reads | None = None,
+        order: Order | None = None,
     ) -> None:
-        self.formula, self.site, self.plain, self.reads = formula, site, plain, reads
+        self.formula, self.site, self.reads, self.order = formula, site, reads, order
+        self.plain = order.around(plain) if order else plain
         self._chosen: dict[Any, Implementation] = {}
         self.name = _registered(self)
 
@@ -99,8 +127,11 @@ class Generated:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
     ) -> int:
         """How many pairs of a query and a key this call shows."""
-        tensors = self._tensors(query, key, mask, padding)
-        return pairs_of(reading(self.formula, passed(mask, padding)), query, key, tensors)
+        formula, tensors, standing = self._seen((query, key, value, mask, padding))
+        if self.order:
+            formula = replace(formula, masks=(*formula.masks, _somewhere))
+            tensors["lies"] = self.order.places[0] >= 0
+        return pairs_of(formula, *standing, tensors)
 
     def _fastest(self, given: Any, learned: bool) -> Implementation:
         query, key, value, *others = given
@@ -118,10 +149,9 @@ class Generated:
 
     def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
         """Generated C++, each with a text that says which; nothing without a compiler."""
-        query, key, value, mask, padding, *_ = given
-        formula, tensors = reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding)
-        for size in cpp.sizes(formula, query, key, tensors):
-            made = cpp.attention(formula, query, value, tensors, size)
+        formula, tensors, standing = self._seen(given)
+        for size in cpp.sizes(formula, *standing, tensors):
+            made = cpp.attention(formula, given[0], given[2], tensors, size, self.order.places if self.order else None)
             if isinstance(made, Refusal):
                 return
             yield str(made.kernel.spec), self._called(made)
@@ -130,10 +160,17 @@ class Generated:
         """Generated Triton, each with a text that says which."""
         from rewriter.codegen.softmax import contenders
 
-        query, key, _, mask, padding, *_ = given
-        formula, tensors = reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding)
-        for made in contenders(formula, tensors, query, key):
+        formula, tensors, standing = self._seen(given)
+        for made in contenders(formula, tensors, *standing):
             yield str(made), self._called(made)
+
+    def _seen(self, given: tuple[Any, ...]) -> tuple[Formula, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """The formula of a call, what it reads, and tensors of the shapes of the queries and keys that it speaks of."""
+        query, key, _, mask, padding, *_ = given
+        if self.order:
+            query, key = cpp.placed(query, key, self.order.places)
+            mask, padding = self.order.said(mask, padding)
+        return reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding), (query, key)
 
     def _tensors(self, query: Tensor, key: Tensor, mask: Tensor | None, padding: Tensor | None) -> dict[str, Tensor]:
         """All that the formula reads of a call, by name."""
@@ -141,7 +178,7 @@ class Generated:
         return {**passed(mask, padding), **more}
 
     def _called(self, made: Callable[..., Tensor]) -> Implementation:
-        """With the tensors of a call by their names."""
+        """With the tensors of a call by their names. What has no places takes the tokens of an order in this order."""
 
         def run(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
@@ -149,7 +186,9 @@ class Generated:
             own = sink[0] if sink else None
             return made(query, key, value, self.site.scale, sink=own, **self._tensors(query, key, mask, padding))
 
-        return run
+        if self.order is None:
+            return run
+        return self.order.found(run) if isinstance(made, cpp.Attention) else self.order.around(run)
 
     def _measured(self, given: Any, sizes: tuple[Any, ...], made: dict[str, Implementation]) -> Implementation:
         from rewriter.tune.measure import alternate, medians
@@ -165,6 +204,10 @@ class Generated:
             taken = dict(zip(fitting, times, strict=True))
             remember("attention, by name", place, taken)
         return candidates[min(taken, key=taken.__getitem__, default="plain")]
+
+
+def _somewhere(row: Any, lies: Any) -> Any:
+    return lies[row]
 
 
 def _tried(candidate: Implementation, given: Any) -> Callable[[], object] | None:

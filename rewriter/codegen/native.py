@@ -52,6 +52,7 @@ class Spec:
     keyed       C++ expressions of `j` alone, integers, computed once for all queries of a block: `mask` and `score`
                 read the first as `keyed0`
     captures    (name, dtype as torch prints it, rank from 1) of tensors that both may read, as in `padding(b, j)`
+    ordered     tokens stand in another order than they lie in: a call says where each lies
     width       how many scores of a query are held at a time
     wide        products of matrices take float32 in place of a narrower `dtype`, as `load` has it on CPUs without one
 
@@ -70,6 +71,7 @@ class Spec:
     block_n: int = 64
     width: int = 512
     wide: bool = False
+    ordered: bool = False
 
     def refusal(self) -> Refusal | None:
         """What there is no source for."""
@@ -190,6 +192,7 @@ class Kernel:
         sink: Tensor | None = None,
         captures: Sequence[Tensor] = (),
         lse: Tensor | None = None,
+        places: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """(B, H, Sq, Dv).
 
@@ -199,9 +202,11 @@ class Kernel:
         sink        float32 (H,): one more logit in the sum, without a value
         captures    in the order of `spec.captures`, with all of their axes as long as their indices go
         lse         float32 (B, H, Sq), contiguous: takes the logarithm of the sum of each softmax, -inf for nothing
+        places      of an `ordered` spec: where the queries, and where the keys, lie that the masks, the scores and the
+                    lists of blocks speak of, int32; -1 for one that is zeros and lies nowhere. Each query once
         """
         spec = self.spec
-        self._check(query, key, value, first, runs, sink, captures, lse)
+        self._check(query, key, value, first, runs, sink, captures, lse, places)
         if scale <= 0:  # the kernel takes the maximum before it scales
             query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
         if lacking := _padded(spec) - spec.head_dim:
@@ -213,7 +218,9 @@ class Kernel:
         # Rows of (B, S, H, D), as the projection that follows reads them.
         out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
         sink = None if sink is None else sink.contiguous()
-        tensors = [query, key, value, out, lse, sink, first, runs, *captures]
+        if places is not None:
+            q_len, kv_len = map(len, places)
+        tensors = [query, key, value, out, lse, sink, first, runs, *(places or (None, None)), *captures]
         sizes = [batch, heads, kv_heads, q_len, kv_len]
         for t in (query, key, value, out):
             sizes += t.stride()[:3]
@@ -239,10 +246,12 @@ class Kernel:
         sink: Tensor | None,
         captures: Sequence[Tensor],
         lse: Tensor | None,
+        places: tuple[Tensor, Tensor] | None,
     ) -> None:
         """What would otherwise be read outside of its memory."""
         spec = self.spec
         batch, heads, q_len, _ = query.shape
+        q_len = len(places[0]) if places else q_len
         blocks = -(-q_len // spec.block_m)
         wrong = ""
         dtypes = {str(t.dtype).removeprefix("torch.") for t in (query, key, value)}
@@ -266,6 +275,13 @@ class Kernel:
             lse.dtype == torch.float32 and lse.shape == query.shape[:3] and lse.is_contiguous()
         ):
             wrong = "the logarithms are float32, one for each query, and contiguous"
+        elif spec.ordered != (places is not None) or (spec.ordered and lse is not None):
+            wrong = "places are given where the spec is ordered, and then no logarithms"
+        elif places and not all(
+            at.dtype == torch.int32 and at.is_contiguous() and int(at.max()) < t.shape[2]
+            for at, t in zip(places, (query, key), strict=True)
+        ):
+            wrong = "places are int32, side by side, and inside of their tensor"
         elif [(str(t.dtype).removeprefix("torch."), t.dim()) for t in captures] != [c[1:] for c in spec.captures]:
             wrong = f"the captured tensors are not those of {spec.captures}"
         elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *captures)):
