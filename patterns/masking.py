@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, argument, constant, is_call, is_number, value_of
+from rewriter.pattern import Pattern, Step, argument, buffered, constant, is_call, is_number, value_of
 
 _ATEN = torch.ops.aten
 
@@ -21,19 +21,22 @@ def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
         return _added(node, -alpha if is_number(alpha) else None, both=False)
     if is_call(node, _ATEN.masked_fill, _ATEN.masked_fill_):
         scores, mask, fill = node.args[:3]
-        number = constant(fill)
-        if isinstance(scores, fx.Node) and isinstance(mask, fx.Node) and number is not None:
-            return Step("drop", scores, mask, number)
+        if isinstance(scores, fx.Node) and isinstance(mask, fx.Node):
+            return _filled("drop", scores, mask, fill)
     if is_call(node, _ATEN.where) and len(node.args) == 3:
         condition, chosen, other = node.args
         assert isinstance(condition, fx.Node)
-        steps: list[Step] = []
-        if isinstance(chosen, fx.Node) and (number := constant(other)) is not None:
-            steps.append(Step("keep", chosen, condition, number))
-        if isinstance(other, fx.Node) and (number := constant(chosen)) is not None:
-            steps.append(Step("drop", other, condition, number))
-        return tuple(steps)
+        steps = _filled("keep", chosen, condition, other), _filled("drop", other, condition, chosen)
+        return tuple(step for step in steps if step is not None)
     return None
+
+
+def _filled(kind: Literal["keep", "drop"], scores: Any, mask: fx.Node, fill: Any) -> Step | None:
+    number = constant(fill)
+    buffer, number = (buffered(fill) or (None, None)) if number is None else (None, number)
+    return (
+        Step(kind, scores, mask, number, buffer=buffer) if isinstance(scores, fx.Node) and number is not None else None
+    )
 
 
 def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step | None:

@@ -47,7 +47,7 @@ def terms(placed: Placed, factor: float = 1.0) -> list[Term]:
             source, view = step.source, step.view
             before = backward(source, view, layout) if view is not None else broadcast(source, layout)
             inner = terms(Placed(step.source, before), factor) if before is not None else []
-        elif step.kind in ("keep", "drop") and factor > 0 and step.number * factor <= HIDDEN:
+        elif step.kind in ("keep", "drop") and factor > 0 and step.number * factor <= HIDDEN and step.buffer is None:
             assert step.tensor is not None
             before, others = broadcast(step.source, layout), broadcast(step.tensor, layout)
             if before is not None and others is not None:

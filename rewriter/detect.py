@@ -241,6 +241,7 @@ class _Detector:
                     result.bias = max(result.bias, found.kind, key=BIASES.index)
                     result.observed_bias = result.observed_bias or found.observed
                     continue
+                found = self._watched(found, op.buffer)
                 # One tensor says which keys are tokens.
                 exact = _hides_exactly(reading, op, found) and not (result.padding and found.padding)
                 result.mask = result.mask & (found.mask if exact else Dense())
@@ -250,6 +251,14 @@ class _Detector:
             blinds += len(masks) > 1 and op.number != float("-inf")
         result.exact = result.exact and not blinds
         return result
+
+    def _watched(self, found: MaskReading, fill: fx.Node | None) -> MaskReading:
+        """The reading where a buffer holds what hides."""
+        if fill is None:
+            return found
+        if not self.observe:
+            return MaskReading(Dense())
+        return dataclasses.replace(found, observed=(*found.observed, "fill"), buffers=(*found.buffers, fill))
 
     def _terms(self, reading: Reading, op: Op) -> list[MaskReading | Bias]:
         """What an operator does to the scores: as a mask, or term by term as masks and kinds of biases."""

@@ -35,12 +35,13 @@ class Operand:
 class Op:
     """What happens to the scores: "scale" by a number, "shift" by one, "cap", "floor" (no less than `number`), or with
     a tensor: "add" (times `number`), "mul", "div", "keep" (bool, True is visible) and "drop" (bool, True is hidden),
-    where hidden scores become `number`.
+    where hidden scores become `number`, which may be the one element of a `buffer`.
     """
 
     kind: Literal["scale", "shift", "add", "mul", "div", "keep", "drop", "cap", "floor"]
     number: float = 1.0
     tensor: Placed | None = None
+    buffer: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class Reading:
         """What enters beside queries, keys and values."""
         placed = [op.tensor for op in self.ops if op.tensor is not None]
         return placed + ([Placed(self.sink, self.sink_axes)] if self.sink is not None else [])
+
+    @property
+    def buffers(self) -> list[fx.Node]:
+        """What holds the numbers that hidden scores become."""
+        return [op.buffer for op in self.ops if op.buffer is not None]
 
     def roles(self) -> Roles:
         """Which atoms are batch, heads, rows, ..., as they are divided now."""

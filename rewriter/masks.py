@@ -66,7 +66,8 @@ class Tokens(Placed):
 @dataclass(frozen=True)
 class MaskReading:
     """`mask` as facts; `padding` is where such a factor stands. `observed` names what holds for the values that were
-    seen and has to be asked again in every call: "mask" (`buffers` hold what they held), "binary" (`flags` are 0 or 1).
+    seen and has to be asked again in every call: "mask" and "fill" (`buffers` hold what they held), "binary" (`flags`
+    are 0 or 1).
     """
 
     mask: Mask

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import is_fake
 
 from rewriter.axes import View
 from rewriter.site import Refusal
@@ -80,6 +81,8 @@ class Step:
     dropout   with probability `number`
     guard     no change where no row is without a key: `name`
     edit      understood, and outside of the canonical operator: `name`. It may mix along `axis`
+
+    The number of keep and drop may be the one element of a `buffer`, which can change.
     """
 
     kind: Kind
@@ -89,6 +92,7 @@ class Step:
     view: View | None = None
     axis: int | None = None
     name: str = ""
+    buffer: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -286,13 +290,30 @@ def constant(value: Any) -> float | None:
         power = 0.5 if is_call(value, _ATEN.sqrt) else -0.5 if is_call(value, _ATEN.rsqrt) else -1.0
         return float(inner**power)
     if isinstance(value, fx.Node) and value.op == "get_attr" and not value.meta.get("is_state"):
-        try:  # of an inner module, where the graph is exported
-            held = attrgetter(str(value.target))(value.graph.owning_module)
-        except AttributeError:
-            return None
-        if isinstance(held, torch.Tensor) and held.numel() == 1:
-            return float(held)
+        return _element(_attribute(value))
     return None
+
+
+def buffered(value: Any) -> tuple[fx.Node, float] | None:
+    """A buffer of one element, seen through casts, and the number that it holds now."""
+    while is_call(value, _ATEN.to, _ATEN._to_copy, _ATEN.detach, _ATEN.alias):
+        value = value.all_input_nodes[0]
+    if not isinstance(value, fx.Node) or not value.meta.get("is_buffer"):
+        return None
+    number = _element(value.meta.get("buffer", _attribute(value)))
+    return (value, number) if number is not None else None
+
+
+def _attribute(node: fx.Node) -> Any:
+    """What a node of an exported graph holds, which may be of an inner module; None where it is no attribute."""
+    try:
+        return attrgetter(str(node.target))(node.graph.owning_module) if node.op == "get_attr" else None
+    except AttributeError:
+        return None
+
+
+def _element(value: Any) -> float | None:
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 and not is_fake(value) else None
 
 
 def is_parameter(node: fx.Node) -> bool:

@@ -77,9 +77,10 @@ class Match:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The nodes at the border of the match, each once: queries, keys, values, masks, sinks, padding."""
+        """The nodes at the border of the match, each once: queries, keys, values, masks, sinks, padding, fills."""
         nodes = [side.node for side in self.reading.operands] + [placed.node for placed in self.reading.tensors]
-        return list(dict.fromkeys(nodes + ([self.padding.node] if self.padding is not None else [])))
+        nodes += [self.padding.node] if self.padding is not None else []
+        return list(dict.fromkeys([*nodes, *self.reading.buffers]))
 
     def sizes(self, emit: Emit, value: Value, replaced: Mapping[int, int] | None = None) -> SizeOf:
         """How long each atom is in this call."""
@@ -197,8 +198,9 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
     masks = [op for op in ops if op.kind in ("add", "shift", "keep", "drop")]
     if not masks:
         return None
-    if len(masks) == 1 and masks[0].kind in ("keep", "drop") and masks[0].number == float("-inf"):
-        return gather(masks[0]) if masks[0].kind == "keep" else emit(_ATEN.logical_not.default, gather(masks[0]))
+    first = masks[0]
+    if len(masks) == 1 and first.kind in ("keep", "drop") and first.number == float("-inf") and first.buffer is None:
+        return gather(first) if first.kind == "keep" else emit(_ATEN.logical_not.default, gather(first))
     lowest = torch.finfo(match.site.torch_dtype).min
     finite = any(op.kind in ("keep", "drop") and op.number != float("-inf") for op in masks)
     mixed = finite and any(op.kind == "add" for op in masks)
@@ -215,8 +217,13 @@ def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: to
         elif op.kind in ("keep", "drop"):
             hidden = gather(op) if op.kind == "drop" else emit(_ATEN.logical_not.default, gather(op))
             mask = emit(_ATEN.zeros_like.default, hidden, dtype=dtype) if mask is None else mask
-            fill = op.number if op.number == float("-inf") else max(op.number * (1 if mixed else _MUCH), lowest)
-            mask = emit(_ATEN.where.self, hidden, emit(_ATEN.new_full.default, mask, [], fill), mask)
+            much = 1 if mixed else _MUCH
+            if op.buffer is None:
+                fill = op.number if op.number == float("-inf") else max(op.number * much, lowest)
+                filled = emit(_ATEN.new_full.default, mask, [], fill)
+            else:
+                filled = emit(_ATEN.to.dtype, _held_fill(emit, value(op.buffer), much, lowest), dtype)
+            mask = emit(_ATEN.where.self, hidden, filled, mask)
         elif mask is not None and op.kind == "floor":
             mask = emit(_ATEN.clamp_min.default, mask, max(op.number, torch.finfo(dtype).min))
         elif mask is not None and op.kind == "scale":
@@ -231,6 +238,16 @@ _MUCH = 1e20
 """A row that is hidden altogether is an even mixture of the values where the fill is finite. Here the fill is added, so
 it must be so much larger that the scores are lost in it.
 """
+
+
+def _held_fill(emit: Emit, held: Any, much: float, lowest: float) -> Any:
+    """What a buffer fills in now, so much larger. A number that would not hide the scores makes NaN of them: it is not
+    what was read.
+    """
+    held = emit(_ATEN.to.dtype, emit(_ATEN.reshape.default, held, []), torch.float64)
+    larger = emit(_ATEN.clamp_min.default, emit(_ATEN.mul.Tensor, held, much), lowest)
+    larger = emit(_ATEN.where.self, emit(_ATEN.isinf.default, held), held, larger)
+    return emit(_ATEN.where.ScalarOther, emit(_ATEN.le.Scalar, held, HIDDEN), larger, float("nan"))
 
 
 def _enlarged(emit: Emit, mask: Any, lowest: float) -> Any:
@@ -310,9 +327,8 @@ def raise_sites(gm: Graph, matches: list[Match]) -> list[Raised]:
 
     for match, original in zip(matches, originals, strict=True):
         # One mask serves every layer, so it is put together once, where its last ingredient stands or is last changed.
-        ingredients = [op.tensor.node for op in match.reading.ops if op.tensor] + (
-            [match.padding.node] if match.padding else []
-        )
+        ingredients = [op.tensor.node for op in match.reading.ops if op.tensor] + match.reading.buffers
+        ingredients += [match.padding.node] if match.padding else []
         ready = [*ingredients, *_changes(changes, ingredients, order[match.output], order)]
         anchor = max(ready, key=order.__getitem__, default=match.output)
         place = (anchor, _mask_identity(match))
@@ -336,7 +352,7 @@ def _mask_identity(match: Match) -> str:
     """Two matches with the same text, of the same tensors, have the same mask and padding."""
     names = match.roles.named
     lines = [
-        (op.kind, op.number, op.tensor.node.name if op.tensor else "", _axes_as_text(op.tensor, names))
+        (op.kind, op.number, op.tensor.node.name if op.tensor else "", _axes_as_text(op.tensor, names), str(op.buffer))
         for op in match.reading.ops
         if op.kind != "scale" or any(other.kind in ("add", "keep", "drop") for other in match.reading.ops)
     ]

@@ -11,7 +11,7 @@ from torch import fx
 
 from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, expanded, forward, fresh, fresh_axes, refined, shape_of
 from rewriter.beyond import drop_shifts, made_from, outside
-from rewriter.facts import Op, Operand, Reading
+from rewriter.facts import HIDDEN, Op, Operand, Reading
 from rewriter.operands import is_changed, strip, unexpanded
 from rewriter.pattern import Call, Contraction, Normaliser, Step, constant, value_of
 from rewriter.site import Refusal
@@ -195,7 +195,7 @@ class _Scores(_Carried):
             op = ops[place]
             if op.kind == "scale":
                 scale *= op.number
-            elif op.kind in ("mul", "div", "cap") or scale <= 0:
+            elif op.kind in ("mul", "div", "cap") or scale <= 0 or op.buffer is not None:
                 self.edits.append("clamped")
                 return
             elif op.kind in ("keep", "drop"):
@@ -233,7 +233,9 @@ class _Scores(_Carried):
         if kind == "add" and constant(step.tensor) == 0 and not is_changed(step.tensor):
             return None
         assert kind in ("add", "mul", "div", "keep", "drop")
-        self.ops.append(Op(kind, step.number, Placed(step.tensor, axes)))
+        if step.buffer is not None and step.number > HIDDEN:
+            return Refusal(f"a buffer holds what hidden scores become, and it does not hide them, at {described(node)}")
+        self.ops.append(Op(kind, step.number, Placed(step.tensor, axes), step.buffer))
         return None
 
 
@@ -289,13 +291,13 @@ class _Weights(_Carried):
 
     def _guard(self, node: fx.Node, step: Step) -> None:
         """Weights that are set to 0. For rows that see nothing, that is what the operator does by itself."""
-        if step.number != 0:
+        if step.number != 0 or step.buffer is not None:
             self.edits.append("weights_masked")
             return
         assert step.tensor is not None
         same = [i for i, op in enumerate(self.ops) if op.tensor and are_twins(op.tensor.node, step.tensor)]
         if same and self.ops[same[-1]].kind == step.kind:
-            self.ops[same[-1]] = replace(self.ops[same[-1]], number=float("-inf"))
+            self.ops[same[-1]] = replace(self.ops[same[-1]], number=float("-inf"), buffer=None)
         else:
             self.doubts.append("weights_masked")
 

@@ -179,13 +179,16 @@ class Region:
             and (op.kind in ("keep", "drop") or (op.kind == "add" and not known and not is_bias(op.tensor.node)))
         }
         padding = self.match.padding.node if self.match.padding is not None else None
+        fills = {op.buffer: op.number for op in ops if op.buffer is not None}
         values: dict[fx.Node, Tensor] = {}
         for node in self.match.inputs:
             fake = value_of(node)
             dtype = proof_dtype(fake.dtype) if proof else fake.dtype
             floats = fake.dtype.is_floating_point
             shape = [(sizes or {}).get(hint(n), hint(n)) for n in fake.shape]
-            if node in terms or node is padding:
+            if node in fills:
+                tensor = torch.full(shape, fills[node], dtype=dtype)
+            elif node in terms or node is padding:
                 visible = torch.rand(shape, generator=generator) < 0.7
                 op = terms.get(node)
                 if hide_rows and len(shape) > 1:

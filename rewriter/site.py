@@ -227,8 +227,8 @@ class AttentionSite:
     tokens      how tokens lie, where it is known: "14x14", or "14x14+1" with one more in front, "14x14+0+1" behind
     samples     the weights are not those of keys but of places between the pixels of maps (`rewriter/sampling.py`), so
                 many in each: "4+4+4+4"; `kv_len` counts the pixels
-    observed    facts that were seen in values that may change, and are not proved for the next call: "mask" and "bias"
-                (of what buffers hold), "binary" (numbers that are taken for 0 and 1)
+    observed    facts that were seen in values that may change, and are not proved for the next call: "mask", "bias"
+                and "fill" (of what buffers hold), "binary" (numbers that are taken for 0 and 1)
     """
 
     path: str

@@ -206,3 +206,80 @@ def test_a_bias_that_is_a_buffer_is_always_passed(rewrite: Any) -> None:
     assert [(s.mask, s.bias, s.observed) for s in result.sites] == [(Full(), "alibi", ("bias",))]
     model.bias.normal_()
     assert right(result.run(x), model(x))
+
+
+class Filled(nn.Module):
+    """Causal attention whose hidden scores become what a buffer holds."""
+
+    def __init__(self, fill: float, spelling: str = "where") -> None:
+        super().__init__()
+        self.register_buffer("fill", torch.tensor(fill))
+        self.fill: Tensor
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, S, D) from such a tensor."""
+        scores, seen = x @ x.mT, torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).tril()
+        if self.spelling == "where":
+            scores = torch.where(seen, scores, self.fill.to(scores.dtype))
+        elif self.spelling == "turned":
+            scores = torch.where(~seen, self.fill, scores)
+        else:
+            scores = scores.masked_fill(~seen, self.fill)
+        return scores.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("spelling", ["where", "turned", "masked_fill"])
+@pytest.mark.parametrize("fill", [-1e9, -1e4, float("-inf")])
+def test_a_fill_that_is_a_buffer(rewrite: Any, fill: float, spelling: str) -> None:
+    model, x = Filled(fill, spelling), torch.randn(2, 2, 8, 4)
+    result = rewrite(model, x, variant="sdpa")
+    assert [(s.mask, s.observed) for s in result.sites] == [(Causal(), ("fill",))]
+    assert right(result.run(x), model(x))
+
+
+def test_a_fill_of_an_exported_program() -> None:
+    model, x = Filled(-1e9), torch.randn(2, 2, 8, 4)
+    graph = exported(torch.export.export(model, (x,)))
+    work = Rewrite(graph, {}, detect(graph))
+    assert [(s.mask, s.observed) for s in work.detection.sites] == [(Causal(), ("fill",))]
+    run = rewritten(work, lambda match: variants()["sdpa"].build(match.site, {}))
+    assert run is not None
+    assert right(run(x), model(x))
+
+
+def test_a_fill_that_hides_nothing_is_refused(rewrite: Any) -> None:
+    result = rewrite(Filled(-5.0), torch.randn(2, 2, 8, 4), variant="sdpa")
+    assert not result.sites
+    assert "does not hide them" in result.refusals[0]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("later", [-1e4, -1e30, float("-inf")])
+def test_a_fill_that_changes_after_the_optimisation(later: float, inner: str) -> None:
+    """Another fill that hides does the same. One that does not is another function: NaN, and not the wrong numbers."""
+    model, x = Filled(-1e9), torch.randn(2, 2, 8, 4)
+    rewriter = GraphRewriter(Selector(allowed=frozenset({"sdpa"})), inner=inner, names=Names.of(model))
+    run = compiled(model, rewriter)
+    assert right(run(x), model(x))
+    assert [s.mask for s in rewriter.sites.values()] == [Causal() if inner == "eager" else Dense()]
+    model.fill.fill_(later)
+    assert right(run(x), model(x))
+    model.fill.fill_(-5.0)
+    assert run(x)[..., :-1, :].isnan().all()
+
+
+def test_two_fills_of_which_one_is_stronger(rewrite: Any) -> None:
+    """A query that sees no other key sees itself: the weaker fill is what is left to choose."""
+
+    class Both(Filled):
+        def forward(self, x: Tensor) -> Tensor:
+            place = torch.arange(x.shape[-2])
+            scores = torch.where(place <= place[:, None], x @ x.mT, self.fill)
+            return torch.where(place != place[:, None], scores, self.weaker).softmax(-1) @ x
+
+    model, x = Both(-1e9), torch.randn(2, 2, 8, 4)
+    model.register_buffer("weaker", torch.tensor(-1e5))
+    result = rewrite(model, x, variant="sdpa")
+    assert len(result.sites) == 1
+    assert right(result.run(x), model(x))
