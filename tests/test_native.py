@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,6 +183,20 @@ def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = native.build("// a text that no other test builds")
     assert isinstance(refusal, Refusal)
     assert "No space left on device" in str(refusal)
+
+
+def test_a_build_does_without_headers_that_were_read_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are those of another compiler, or no file that any compiler wrote."""
+    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path))
+    spec = native.Spec(head_dim=16, v_head_dim=16, mask="j % 3 != 1")
+    first = native.build(native.source(spec))
+    assert isinstance(first, Path), first
+    read = [path for path in (tmp_path / "source" / "native").glob("*.h.gch/*") if path.is_file()]
+    assert len(read) == 1
+    read[0].write_bytes(b"nothing of the kind")
+    second = native.build(native.source(replace(spec, mask="j % 3 != 2")))
+    assert isinstance(second, Path), second
+    assert second != first
 
 
 def test_source_that_does_not_compile_is_a_sentence() -> None:

@@ -4,7 +4,8 @@
     if isinstance(kernel, Kernel):  # else a refusal, for example without a compiler
         out = kernel(query, key, value, first, runs, scale=0.125)
 
-Forward only. A build takes some 2 seconds, once for each source text, compiler and torch: `cache_dir("native")`.
+Forward only. A build takes a second or two, once for each source text, compiler and torch: `cache_dir("native")`. Half
+of it would be the reading of PyTorch's headers, so g++ is given them read, 90 MB in the same folder.
 """
 
 from __future__ import annotations
@@ -32,6 +33,19 @@ from rewriter.site import Refusal
 _ELEMENTS = {"float32": "float", "bfloat16": "at::BFloat16"}
 _CAPTURED = _ELEMENTS | {"float64": "double", "bool": "bool", "int32": "int32_t", "int64": "int64_t"}
 _NORMALISERS = ("softmax", "sigmoid", "relu")
+_TORCH = Path(torch.__file__).parent
+_LINKS = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+_HEADERS = (
+    "ATen/Parallel.h",
+    "ATen/native/CPUBlas.h",
+    "algorithm",
+    "atomic",
+    "bit",
+    "cmath",
+    "memory",
+    "string",
+    "vector",
+)
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-shared", "-fPIC", "-w")
 # Of fast mathematics what vector code and sums in any order need: infinities and NaN keep their meaning.
 _FAST = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
@@ -118,24 +132,33 @@ def build(text: str) -> Path | Refusal:
     if library.exists():
         return library
     try:
-        refused = _built(stored(text, "native", ".cpp"), library, [cxx, *flags])
+        unit, command = stored(text, "native", ".cpp"), [cxx, *flags, f"-I{_TORCH / 'include'}"]
+        refused = _built(library, [*command, *_headers(command), str(unit), *_LINKS])
     except OSError as cause:
         return Refusal(f"no kernel can be kept in {folder}: {cause.strerror}")
     return library if refused is None else refused
 
 
-def _built(unit: Path, library: Path, command: list[str]) -> Refusal | None:
-    root = Path(torch.__file__).parent
-    with TemporaryDirectory(dir=library.parent) as scratch:  # others may be building the same
-        made = Path(scratch) / library.name
-        links = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        command = [*command, f"-I{root / 'include'}", str(unit), "-o", str(made), *links]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _built(made: Path, command: list[str]) -> Refusal | None:
+    with TemporaryDirectory(dir=cache_dir("native")) as scratch:  # others may be building the same
+        fresh = Path(scratch) / made.name
+        done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            return Refusal(f"{command[0]} could not build {unit}: {lines[0].strip() if lines else 'no message'}")
-        made.replace(library)
+            return Refusal(f"{command[0]} could not build {made}: {lines[0].strip() if lines else 'no message'}")
+        fresh.replace(made)
     return None
+
+
+def _headers(command: list[str]) -> list[str]:
+    """The option by which a compiler finds the headers of all kernels, read already if it is g++."""
+    header = stored("".join(f"#include <{name}>\n" for name in _HEADERS), "native", ".h")
+    folder = header.with_suffix(".h.gch")  # g++ takes what suits its options from a folder of this name
+    read = folder / sha256("\n".join([*command, torch.__version__]).encode()).hexdigest()[:24]
+    if not read.exists():
+        folder.mkdir(exist_ok=True)
+        _built(read, [*command, "-x", "c++-header", str(header)])
+    return ["-include", str(header)]
 
 
 @cache
