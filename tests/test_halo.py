@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,36 @@ def test_equals_timm(sides: tuple[int, int], block: int, halo: int, bias: str) -
         wide = [t if t is None else t.double() for t in (query, key, value, mask)]
         assert_close(VARIANT.reference(*wide, None, site, config), expected, torch.float64)
         assert_close(VARIANT.build(site, config)(query, key, value, mask, None), expected, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sides", "block", "halo"), [((200,), (16,), (5,)), ((13, 17), (4, 5), (2, 1)), ((5, 9, 6), (2, 4, 6), (1, 2, 3))]
+)
+def test_is_attention_over_a_grid_with_zeros_around(sides: Any, block: Any, halo: Any) -> None:
+    """Of one to three axes, also where blocks do not divide them."""
+    words = ["x".join(map(str, each)) for each in (sides, block, halo)]
+    length = math.prod(sides)
+    site = replace(SITE, tokens=words[0], kv_heads=2).sized(batch=2, q_len=length, kv_len=length)
+    arguments = inputs(site, seed=2)
+    query, key, value = (t.double() for t in arguments[:3])
+    ends = [-(-size // b) * b + h for size, b, h in zip(sides, block, halo, strict=True)]
+    around = [n for size, end, h in zip(sides, ends, halo, strict=True) for n in (end - size, h)][::-1]
+    wide = [nn.functional.pad(t.unflatten(2, sides), (0, 0, *around)).flatten(2, -2) for t in (key, value)]
+    wide = [t.repeat_interleave(2, 1) for t in wide]
+
+    def places(starts: Any, stops: Any) -> Tensor:
+        steps = [torch.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return torch.cartesian_prod(*steps).view(-1, len(steps))
+
+    own, others = places([0] * len(sides), sides)[:, None], places([-h for h in halo], ends)
+    first = own // torch.tensor(block) * torch.tensor(block) - torch.tensor(halo)
+    window = torch.tensor(block) + 2 * torch.tensor(halo)
+    seen = ((others >= first) & (others < first + window)).all(-1)
+    assert bool((seen.sum(1) == window.prod()).all()), "as many at every border"
+    scores = (query @ wide[0].mT * site.scale).masked_fill(~seen, float("-inf"))
+    config = {"block": words[1], "halo": words[2], **ZERO}
+    with torch.no_grad():
+        assert_close(VARIANT.build(site, config)(*arguments), scores.softmax(-1) @ wide[1], torch.float32)
 
 
 @pytest.mark.parametrize("front", [0, 3])

@@ -6,6 +6,7 @@ its author wrote it, where PyTorch's function for attention gives way to the def
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from rewriter.plan import Plan
 from rewriter.session import unrouted
 from rewriter.site import AttentionSite
 from rewriter.target import Target
-from rewriter.variant import Variant, variants
+from rewriter.variant import Config, Variant, variants
 
 Made = tuple[nn.Module, Callable[[], dict[str, Any]]]
 """A model, and what makes the keyword arguments of a call."""
@@ -239,7 +240,8 @@ def defined(model: nn.Module, plan: Plan, sites: Sequence[AttentionSite]) -> Cal
 
 
 @torch.no_grad()
-def check(host: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(host: str, name: str, monkeypatch: pytest.MonkeyPatch, configs: Sequence[Config] = ()) -> None:
+    """Of the configs, the sites take turns; without any, all have the one that is offered first."""
     known, real = ready(host), HOSTS[host].real
     model, call = known.model, known.calls[0]
 
@@ -247,8 +249,9 @@ def check(host: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(primary(model(**call)), call)
 
     original = result()
-    choice = (name, CONFIGS[name]) if name in CONFIGS else name
-    plan = Plan.for_model(model, dict.fromkeys(known.sites, choice))
+    configs = configs or ([CONFIGS[name]] if name in CONFIGS else [])
+    turns: Any = itertools.cycle([(name, config) for config in configs] or [name])
+    plan = Plan.for_model(model, dict(zip(known.sites, turns, strict=False)))
     rewriter.optimize(model, known.calls, plan=plan, max_drop=100.0, worst_drop=100.0)
     try:
         out, report, found = result(), rewriter.report_of(model), rewriter.plan_of(model)
@@ -295,6 +298,19 @@ def test_a_variant_in_the_other_hosts_that_suit_it(name: str, monkeypatch: pytes
     hosts = suited(name)
     for host in hosts[-(-len(hosts) // 3) :]:
         check(host, name, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "configs"),
+    [
+        ("picture", "halo", [{"block": "5x6", "halo": 2, "border": "zero"}]),
+        ("rotated_video", "axial", [{"axis": "all"}]),
+        ("picture_and_text", "axial", [{"axis": 0}, {"axis": 1}]),
+    ],
+    ids=["zeros around a picture", "all axes", "axes that take turns"],
+)
+def test_configs_in_hosts(host: str, name: str, configs: Sequence[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    check(host, name, monkeypatch, configs)
 
 
 WINDOWS = [("picture", (4, 4), (7, 5)), ("diffusion", (2, 2), (7, 5)), ("rotated_video", (1, 2, 2), (2, 3, 5))]

@@ -138,11 +138,12 @@ def test_a_step_of_decoding_is_causal_by_itself() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
-def test_compiles_ahead_of_time() -> None:
+@pytest.mark.parametrize(("mask", "more"), [(Causal(), {}), (Full(), {"right": 8})], ids=str)
+def test_compiles_ahead_of_time(mask: Any, more: dict[str, int]) -> None:
     """On tensor cores, and the forward kernel without spills."""
     pytest.importorskip("triton")
-    site = replace(SITE, dtype="bfloat16", head_dim=64, v_head_dim=64)
-    kernels = kernels_of(S2.formula(site, {"block": 64, "local": 8, "stride": 8}), site)
+    site = replace(SITE, mask=mask, dtype="bfloat16", head_dim=64, v_head_dim=64)
+    kernels = kernels_of(S2.formula(site, {"block": 64, "local": 8, "stride": 8, **more}), site)
     for name in kernels.names:
         binary = kernels.binary(name, kernels.default(name, "sm_90"), "sm_90")
         assert binary.loop is not None and binary.loop.tensor
