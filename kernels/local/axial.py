@@ -13,9 +13,9 @@ With `axis` "all", each axis has a softmax of its own, and out_i is the mean of 
 (the package axial-attention, `sum_axial_out`) add them up, as each axis has its own projections; a site has one set,
 with which a sum would be as many times too large.
 
-Tokens around the grid see all and are seen by all. Exact where the other axes have length 1. Calls of other lengths
-than the grid's are the site's own attention, exactly. Work is O(N * length of the axis), in boxes that are lines of the
-grid, memory O(N).
+Tokens around the grid see all and are seen by all. Exact along an axis where the others have length 1. Calls of other
+lengths than the grid's are the site's own attention, exactly. Work is O(N * length of the axis), in boxes that are
+lines of the grid, memory O(N).
 
 A causal site is refused, so that none can leak: what the paper makes causal in the order of rows is a stack of layers,
 by shifts of what goes into them, which is a matter of the model and not of a site.
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,14 +96,11 @@ def rules(site: AttentionSite, config: Config) -> Rules:
     return tuple(Along(bool(config.get("causal", False))) if each == axis else Across() for each in range(rank))
 
 
-def reference(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+def reference(*given: Any) -> Tensor:
     """The mean over the axes of the config."""
-    *given, site, config = rest
-    return Mean([partial(_defined, site=site, config=each) for each in each_axis(site, config)])(query, key, *given)
-
-
-def _defined(*given: Any, site: AttentionSite, config: Config) -> Tensor:
-    return defined_on_grid(rules)(*given, site, config)
+    *tensors, site, config = given
+    each = [defined_on_grid(rules)(*tensors, site, one) for one in each_axis(site, config)]
+    return torch.stack(each).mean(0)
 
 
 def build(site: AttentionSite, config: Config) -> Implementation:
