@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from rewriter.bench import kernels
 from rewriter.bench.tables import kernels_markdown
@@ -20,7 +21,7 @@ from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, s
 from rewriter.codegen.implementation import Generated
 from rewriter.errors import OptionError
 from rewriter.guard import error, tolerance
-from rewriter.site import AttentionSite, Causal, Refusal
+from rewriter.site import AttentionSite, Causal, Dense, Refusal
 from rewriter.variant import variants
 from tests.formulas import alibi, near, same_segment
 
@@ -255,6 +256,18 @@ def test_a_growing_cache_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> No
             built(query, key, key, None, None)
             built(query[:, :, :1], key, key, None, None)  # a single query is not worth a kernel
     assert len(asked) == 1
+
+
+def test_what_is_added_and_what_hides_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One site, whose mask is a bias in one call, and says what is seen in the next."""
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] + [1.0] * (len(times) - 1))
+    built = variants()["sdpa"].build(replace(SITE, mask=Dense()), {})
+    query, bias = torch.randn(1, 2, 64, 72), torch.randn(1, 1, 64, 64)
+    for mask in (bias, bias < 0, bias):
+        with torch.no_grad():
+            out = built(query, query, query, mask, None)
+        expected = scaled_dot_product_attention(query, query, query, mask, scale=SITE.scale)
+        assert error(out, expected) <= tolerance(torch.float32)
 
 
 def test_gradients_take_the_plain_way() -> None:

@@ -141,7 +141,7 @@ class Generated:
         # A cache grows with every call: lengths up to the next power of two have one answer.
         lengths = [1 << (n - 1).bit_length() for n in (query.shape[2], key.shape[2])]
         sizes = (*query.shape[:2], key.shape[1], *lengths, query.shape[3], value.shape[3])
-        place = (*sizes, str(query.dtype), *(each is None for each in others), learned)
+        place = (*sizes, str(query.dtype), *(None if each is None else str(each.dtype) for each in others), learned)
         if place not in self._chosen:
             made = dict(self._on_gpu(given) if on_gpu else self._on_cpu(given))
             self._chosen[place] = self._measured(given, place, made) if made else self.plain
