@@ -13,7 +13,9 @@ _ATEN = torch.ops.aten
 
 
 def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
-    """scores + mask (either order), scores - mask, scores.masked_fill(drop, fill), where(keep, scores, fill)."""
+    """scores + mask (either order), scores - mask, scores.masked_fill(drop, fill), where(keep, scores, fill),
+    scores[drop] = fill.
+    """
     if is_call(node, _ATEN.add, _ATEN.add_):
         return _added(node, argument(node, "alpha", 1), both=True)
     if is_call(node, _ATEN.sub, _ATEN.sub_):
@@ -23,6 +25,8 @@ def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
         scores, mask, fill = node.args[:3]
         if isinstance(scores, fx.Node) and isinstance(mask, fx.Node):
             return _filled("drop", scores, mask, fill)
+    if is_call(node, _ATEN.index_put, _ATEN.index_put_) and not argument(node, "accumulate"):
+        return _put(node)
     if is_call(node, _ATEN.where) and len(node.args) == 3:
         condition, chosen, other = node.args
         assert isinstance(condition, fx.Node)
@@ -31,12 +35,25 @@ def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
     return None
 
 
+def _put(node: fx.Node) -> Step | None:
+    """scores[drop] = fill, where `drop` covers the last axes: those before it are left out as None."""
+    scores, indices, fill = node.args[:3]
+    assert isinstance(indices, (list, tuple))
+    *before, drop = indices
+    if not isinstance(scores, fx.Node) or not isinstance(drop, fx.Node) or any(each is not None for each in before):
+        return None
+    covered = len(before) + value_of(drop).ndim
+    if value_of(drop).dtype != torch.bool or covered != value_of(scores).ndim:
+        return None
+    return _filled("drop", scores, drop, fill)
+
+
 def _filled(kind: Literal["keep", "drop"], scores: Any, mask: fx.Node, fill: Any) -> Step | None:
     number = constant(fill)
     buffer, number = (buffered(fill) or (None, None)) if number is None else (None, number)
-    return (
-        Step(kind, scores, mask, number, buffer=buffer) if isinstance(scores, fx.Node) and number is not None else None
-    )
+    if not isinstance(scores, fx.Node) or number is None:
+        return None
+    return Step(kind, scores, mask, number, buffer=buffer)
 
 
 def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step | None:

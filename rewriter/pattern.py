@@ -281,6 +281,15 @@ def constant(value: Any) -> float | None:
         return float(filled) if is_number(filled) else None
     if is_call(value, _ATEN.zeros, _ATEN.zeros_like, _ATEN.new_zeros):
         return 0.0
+    if is_call(value, _ATEN.ones, _ATEN.ones_like, _ATEN.new_ones):
+        return 1.0
+    if is_call(value, _ATEN.neg, _ATEN.mul):  # of numbers that are written as tensors
+        product = -1.0 if is_call(value, _ATEN.neg) else 1.0
+        for each in value.args:
+            if (factor := constant(each)) is None:
+                return None
+            product *= factor
+        return product
     if is_call(value, _ATEN.to, _ATEN.expand, _ATEN.lift_fresh_copy, _ATEN.detach_, _ATEN.clone, _ATEN.alias):
         return constant(value.args[0])
     if is_call(value, _ATEN.sqrt, _ATEN.rsqrt, _ATEN.reciprocal):

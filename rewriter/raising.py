@@ -20,7 +20,7 @@ from rewriter.capture import Graph
 from rewriter.facts import HIDDEN, Op, Reading, Roles
 from rewriter.masks import Tokens, tokens_at
 from rewriter.ops import attention
-from rewriter.pattern import storage, value_of, written
+from rewriter.pattern import is_call, storage, value_of, written
 from rewriter.site import AttentionSite, Full
 from rewriter.twins import twin_among
 
@@ -179,10 +179,26 @@ def _check_changes(nodes: list[fx.Node], inputs: list[fx.Node]) -> None:
         if targets & (read if node in inside else read | inner - borders):
             raise ChangedInPlace(f"{node.name} changes in place what the attention reads")
         if targets & inner and any(
-            user not in inside for each in nodes[:-1] if storage(each) in targets for user in each.users
+            user not in inside and _reads(user, each)
+            for each in nodes[:-1]
+            if storage(each) in targets
+            for user in each.users
         ):
             raise ChangedInPlace(f"{node.name} changes in place what is also used outside of the attention")
         node = node.next
+
+
+def _reads(user: fx.Node, node: fx.Node) -> bool:
+    """Does this user look at more than the shape of the node?"""
+    if is_call(user, _ATEN.expand_as, _ATEN.view_as):
+        return user.args[0] is node
+    return not is_call(user, *_LIKE)
+
+
+_LIKE = (
+    _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.empty_like, _ATEN.new_zeros,
+    _ATEN.new_ones, _ATEN.new_full, _ATEN.new_empty,
+)  # fmt: skip
 
 
 def compose_mask(emit: Emit, match: Match, value: Value, size: SizeOf, dtype: torch.dtype) -> Any:

@@ -717,6 +717,25 @@ def flash_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.dropout(scores.softmax(-1), 0.0, train=True) @ v
 
 
+def written_where_hidden(s: Tensor, mask: Tensor) -> Tensor:
+    s[~mask.expand_as(s)] = -INF
+    return s
+
+
+def added_where_hidden(s: Tensor, mask: Tensor) -> Tensor:
+    return s.index_put((~mask.expand_as(s),), torch.tensor(-2.0, dtype=s.dtype), accumulate=True)
+
+
+def written_last(s: Tensor) -> Tensor:
+    s[..., ~tril(S)] = -1e9
+    return s
+
+
+def written_in_one_head(s: Tensor) -> Tensor:
+    s[:, 0, ~tril(S)] = -1e9
+    return s
+
+
 def has(*kinds: type[Mask]) -> Callable[[Mask], bool]:
     return lambda mask: all(mask.has(kind) for kind in kinds)
 
@@ -747,6 +766,14 @@ MASKS: Group = {
     "where": a(masked(lambda s, m: torch.where(m, s, HIDDEN)), MASKED, mask=Dense()),
     "where the other way": a(masked(lambda s, m: torch.where(~m, -INF, s)), MASKED, mask=Dense()),
     "where with a tensor": a(masked(lambda s, m: torch.where(m, s, torch.full_like(s, -1e9))), MASKED, mask=Dense()),
+    "where with ones times a number": a(
+        masked(lambda s, m: torch.where(m, s, -9e15 * torch.ones_like(s))), MASKED, mask=Dense()
+    ),
+    "where with a negated tensor": a(
+        masked(lambda s, m: torch.where(m, s, -torch.full_like(s, 1e9))), MASKED, mask=Dense()
+    ),
+    "written where it is hidden": a(masked(written_where_hidden), MASKED, mask=Dense()),
+    "added where it is hidden": some(masked(added_where_hidden), MASKED),
     "an integer mask": a(
         masked(lambda s, m: s + (1.0 - m[:, None, None, :].float()) * HIDDEN),
         more(CROSS, lambda b: seen(T)(b).long()), mask=no_causal,
@@ -795,6 +822,8 @@ MASKS: Group = {
         lambda q, k, v: mixed(q @ k.mT + torch.full((S, S), -INF).triu(1), v), SAME, mask=CAUSAL_OR_DENSE
     ),
     "causal, in place": a(flash_math, SAME, mask=CAUSAL_OR_DENSE),
+    "causal, written over the last axes": a(lambda q, k, v: mixed(written_last(q @ k.mT), v), SAME, mask=Causal()),
+    "causal, written in one head": some(lambda q, k, v: mixed(written_in_one_head(q @ k.mT), v), SAME),
     "causal, called": a(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), SAME, mask=Causal(), scale=DEFAULT
     ),
