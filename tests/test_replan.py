@@ -115,6 +115,15 @@ def test_a_second_search_measures_nothing_again(kept: Any, counted: list[str]) -
     assert len(counted) == 2 * spent
 
 
+def test_the_same_cache_gives_the_same_plan(kept: Any, times: dict[str, float]) -> None:
+    """Though the machine has become slower for the result, which decides whether it is taken."""
+    first = searched()
+    assert first.fidelity == "approximate"
+    times["result"] = 200.0
+    assert decided(searched()) == decided(first)
+    assert searched(resume=False).fidelity == "exact"
+
+
 def test_a_stopped_search_goes_on_where_it_was(kept: Any, counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = decided(searched())
     spent, tables = len(counted), dict(kept)

@@ -37,7 +37,7 @@ from rewriter.tune.assemble import Assembled
 from rewriter.tune.choices import Workbench, version
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate, medians, peak_memory
-from rewriter.tune.record import Ledger, Progress, Record
+from rewriter.tune.record import Ledger, Progress, Record, digest_of
 from rewriter.tune.scores import Scores
 from rewriter.tune.search import Tuning, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
@@ -126,6 +126,7 @@ class Prepared:
     through_slots: Callable[..., Any]
     metric: Metric
     dtype: torch.dtype
+    device: str
     search_half: Sequence[Batch]
     held_out: Sequence[Batch]
 
@@ -135,6 +136,17 @@ class Prepared:
         original = partial(unrouted, model)
         fresh = self.request.fresh
         return Scores(self.metric, model, batches, about, original=original, record=self.record, fresh=fresh)
+
+    def compared(self, plans: Sequence[Any], batch: Batch, measure: Callable[[], list[float]]) -> Sequence[float]:
+        """What plans cost end to end, which are named in plain values. As all that decides, it is remembered; what a
+        compiler of the user's own makes of them is not known.
+        """
+        inner, tuning = self.request.inner, self.tuning
+        if not isinstance(inner, str):
+            return measure()
+        what = [tuning.about, digest_of(batch), self.request.goal, inner, self.request.dynamic, plans]
+        found: list[float] = tuning.workbench.ledger(self.device).measured("end to end", what, measure)
+        return found
 
 
 def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> Prepared:
@@ -158,7 +170,7 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     tuning.about, record.metric = [version(), fingerprint(model), _glance(primary(outputs))], metric.name
     return Prepared(
         request=request, record=record, tuning=tuning, through_slots=through_slots, metric=metric,
-        dtype=primary(outputs).dtype, search_half=search_half, held_out=held_out,
+        dtype=primary(outputs).dtype, device=str(primary(outputs).device), search_half=search_half, held_out=held_out,
     )  # fmt: skip
 
 
@@ -208,9 +220,16 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
                 notes.append(f"refused on held-out data: {verdict}")
         elif verdict is not None:
             batch = max(held_out, key=size_of)
-            rival = _selector(tuning, exact, request) if inexact else None
-            timing, gain = _compared(model, batch, request, rival)
-            if timing.ratio >= 1 and gain >= 1:
+            plans = [plan, exact] if inexact else [plan]
+            costs = at.compared(
+                [tuning.named(each.solution) for each in plans],
+                batch,
+                partial(_compared, model, batch, request, [_selector(tuning, rival, request) for rival in plans[1:]]),
+            )
+            timing = _timed(batch, request, costs)
+            if min(costs) == costs[1]:
+                with evaluating(model):  # where the times are an earlier search's, nothing has run yet
+                    _runs(model, batch)[1]()
                 if request.pareto or inexact:
                     with rerouted(model, at.through_slots):
                         measured_on = (on_search, original) if request.pareto else (None, None)
@@ -270,24 +289,24 @@ def _glance(output: Tensor) -> list[float]:
     return [float(f"{value.item():.3g}") for value in (flat.norm(), flat.abs().mean(), (flat * wave).abs().sum())]
 
 
-def _compared(model: nn.Module, batch: Batch, request: Request, rival: Selector | None) -> tuple[Timing, float]:
-    """Original and result end to end, and how many times better the result is than the rival, if there is one: what
-    changes a model's answers must be worth it.
+def _compared(model: nn.Module, batch: Batch, request: Request, rivals: Sequence[Selector]) -> list[float]:
+    """The costs of the original, the result, and what the result has to be better than: it is worth its change of the
+    model's answers only if it is.
     """
     request.progress("measure end to end", 0, None)
     original, result = _runs(model, batch)
-    if rival is None:
-        return _timing(model, batch, request), 1.0
-    other = compiled(model, GraphRewriter(rival, inner=request.inner), dynamic=request.dynamic)
 
-    def exact() -> Any:
-        with rerouted(model, other):
-            return result()
+    def rival(selector: Selector) -> Callable[[], Any]:
+        other = compiled(model, GraphRewriter(selector, inner=request.inner), dynamic=request.dynamic)
+
+        def run() -> Any:
+            with rerouted(model, other):
+                return result()
+
+        return run
 
     with evaluating(model):
-        costs = _costs([original, result, exact], request)
-    timing = Timing(_described(batch), costs[0], costs[1], "bytes" if request.goal == "memory" else "ms")
-    return timing, costs[2] / costs[1]
+        return _costs([original, result, *map(rival, rivals)], request)
 
 
 def _changes(selector: Selector) -> bool:
@@ -362,7 +381,10 @@ def _runs(model: nn.Module, batch: Batch) -> tuple[Callable[[], Any], Callable[[
 def _timing(model: nn.Module, batch: Batch, request: Request) -> Timing:
     """Original and result end to end, in alternation."""
     with evaluating(model):
-        costs = _costs(_runs(model, batch), request)
+        return _timed(batch, request, _costs(_runs(model, batch), request))
+
+
+def _timed(batch: Batch, request: Request, costs: Sequence[float]) -> Timing:
     return Timing(_described(batch), costs[0], costs[1], "bytes" if request.goal == "memory" else "ms")
 
 
