@@ -284,7 +284,13 @@ def _fresh(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return made.requires_grad_() if value.requires_grad else made  # inside a functorch transform it cannot be set
+    if not value.requires_grad:
+        return made  # inside a functorch transform it cannot be set
+    made.requires_grad_()
+    if value.is_leaf or not torch.is_grad_enabled():
+        return made
+    inner = made.clone()  # into what an earlier graph has computed may be written, which into a leaf may not
+    return inner if inner.stride() == made.stride() else made
 
 
 def _is_unbacked(node: fx.Node) -> bool:

@@ -253,6 +253,31 @@ def test_paths_of_one_module_in_two_places() -> None:
     assert [site_path(n, names) for n in calls(graph, ATEN.softmax.int)] == ["layers.0", "layers.0", ""]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+def test_what_an_earlier_graph_computed_is_written_into(rewrite: Any) -> None:
+    """In training, as of tokens that are masked: it is no leaf, and it is none where the graph is traced again."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.masked = nn.Linear(16, 16), nn.Parameter(torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.project(x)
+            torch._dynamo.graph_break()
+            x[:, 2:4] = self.masked
+            q = self.project(x)
+            return torch.softmax(q @ q.mT, -1) @ q
+
+    model, x = Masked(), torch.randn(2, 6, 16)
+    result = rewrite(model, x)
+    assert len(result.matches) == 1
+    found, wanted = (
+        [out, *torch.autograd.grad(out.square().sum(), [*model.parameters()])] for out in (result.out, model(x))
+    )
+    assert all(error(got, want) <= tolerance(torch.float32) for got, want in zip(found, wanted, strict=True))
+
+
 def test_paths_after_a_graph_break() -> None:
     class Broken(Layer):
         def forward(self, x: Tensor) -> Tensor:
