@@ -45,9 +45,13 @@ class Halo:
     shift: bool = False
     dilation: int = 1
 
+    def window(self, query: Place) -> tuple[Any, int]:
+        """Where it starts, and its length."""
+        return query.at // self.block * self.block - self.halo, self.block + 2 * self.halo
+
     def sees(self, query: Place, key: Place, size: int) -> Any:
         """Of one axis."""
-        start, window = query.at // self.block * self.block - self.halo, self.block + 2 * self.halo
+        start, window = self.window(query)
         if self.shift:
             start = start.clamp(0, max(size - window, 0))
         return (key.at >= start) & (key.at < start + window)
@@ -59,7 +63,7 @@ class ZeroHalo(Halo):
 
     def reach(self, query: Place, size: int) -> tuple[Any, int]:
         """How many places of the axis a query sees, and how many with those outside of it."""
-        start, window = query.at // self.block * self.block - self.halo, self.block + 2 * self.halo
+        start, window = self.window(query)
         return ((start + window).clamp(max=size) - start.clamp(min=0)).clamp(min=0), window
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,18 @@ from rewriter.codegen.either import Either
 from rewriter.codegen.formula import Formula, of_site
 from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import Build, FormulaOf, Generated, defined, generated
-from rewriter.codegen.layout import Layout, Rules, RulesOf, box_of, from_boxes, plane_of, seeing, to_boxes, zeros_of
+from rewriter.codegen.layout import (
+    Layout,
+    Rules,
+    RulesOf,
+    box_of,
+    folded,
+    from_boxes,
+    plane_of,
+    seeing,
+    to_boxes,
+    zeros_of,
+)
 from rewriter.site import AttentionSite
 from rewriter.variant import Config, Implementation
 
@@ -84,25 +96,15 @@ class Boxes:
     def said(self, mask: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Biases (B or 1, H or 1, tokens, tokens), and padding (B, tokens), box by box."""
         if padding is not None:
-            padding = F.pad(self._sorted(padding[:, None, :, None])[:, 0, :, 0], (self.zeros, 0), value=True)
-        if mask is None or mask.dtype == torch.bool:
-            return None, padding
-        bias = mask[(None,) * (4 - mask.dim())]
-        for axis in (2, 3):
-            if bias.shape[axis] > 1 or (axis == 3 and self.zeros):
-                bias = bias.expand(*bias.shape[:axis], self.layout.length, *bias.shape[axis + 1 :])
-                bias = self._sorted(bias.transpose(2, axis)).transpose(2, axis)
-        return F.pad(bias, (self.zeros, 0)), padding
-
-    def found(self, inner: Implementation) -> Implementation:
-        """`inner`, which goes by `places` itself, with what is said box by box."""
-
-        def run(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
-        ) -> Tensor:
-            return inner(query, key, value, *self.said(mask, padding), *sink)
-
-        return run
+            padding = self._sorted(padding[:, None, :, None])[:, 0, :, 0]
+        bias = None
+        if mask is not None and mask.dtype != torch.bool:
+            bias = mask[(None,) * (4 - mask.dim())]
+            for axis in (2, 3):
+                if bias.shape[axis] > 1:
+                    bias = self._sorted(bias.transpose(2, axis)).transpose(2, axis)
+        keys = math.prod(folded(self.layout, self.rules, self.box)) + self.layout.free
+        return _said_behind(self.zeros, keys, bias, padding)
 
     def around(self, inner: Implementation) -> Implementation:
         """`inner`, which takes tokens box by box, of tokens as they lie."""
@@ -124,14 +126,19 @@ def _behind(
     zeros: int, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Keys, values and what is said of them, behind so many that are zero and of which nothing is said."""
-    if not zeros:
-        return key, value, mask, padding
-    if mask is not None:
-        shown = mask.expand(*mask.shape[:-1], key.shape[2])
-        mask = F.pad(shown, (zeros, 0), value=float(mask.dtype == torch.bool))
-    padding = None if padding is None else F.pad(padding, (zeros, 0), value=True)
+    mask, padding = _said_behind(zeros, key.shape[2], mask, padding)
     key, value = (F.pad(t, (0, 0, zeros, 0)) for t in (key, value))
     return key, value, mask, padding
+
+
+def _said_behind(
+    zeros: int, keys: int, mask: Tensor | None, padding: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if not zeros:
+        return mask, padding
+    if mask is not None:
+        mask = F.pad(mask.expand(*mask.shape[:-1], keys), (zeros, 0), value=float(mask.dtype == torch.bool))
+    return mask, None if padding is None else F.pad(padding, (zeros, 0), value=True)
 
 
 def _own(site: AttentionSite, config: Config) -> Formula:

@@ -48,10 +48,6 @@ class Order(Protocol):
         """What is said of pairs of tokens, and of keys, in this order."""
         ...
 
-    def found(self, inner: Implementation) -> Implementation:
-        """`inner`, which goes by `places` itself, with what is said in this order."""
-        ...
-
     def around(self, inner: Implementation) -> Implementation:
         """`inner`, which takes tokens in this order, as an attention of tokens as they lie."""
         ...
@@ -178,17 +174,20 @@ class Generated:
         return {**passed(mask, padding), **more}
 
     def _called(self, made: Callable[..., Tensor]) -> Implementation:
-        """With the tensors of a call by their names. What has no places takes the tokens of an order in this order."""
+        """With the tensors of a call by their names. C++ goes by the places of an order; other kernels take the tokens
+        in this order.
+        """
+        order, by_places = self.order, isinstance(made, cpp.Attention)
 
         def run(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
         ) -> Tensor:
             own = sink[0] if sink else None
+            if order and by_places:
+                mask, padding = order.said(mask, padding)
             return made(query, key, value, self.site.scale, sink=own, **self._tensors(query, key, mask, padding))
 
-        if self.order is None:
-            return run
-        return self.order.found(run) if isinstance(made, cpp.Attention) else self.order.around(run)
+        return order.around(run) if order and not by_places else run
 
     def _measured(self, given: Any, sizes: tuple[Any, ...], made: dict[str, Implementation]) -> Implementation:
         from rewriter.tune.measure import alternate, medians
