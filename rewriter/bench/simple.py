@@ -28,7 +28,7 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate
 from rewriter.tune.run import Prepared, Request, prepared
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import MARGIN, Tuning
+from rewriter.tune.search import MARGIN, Tuning, size_of
 from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of
 from rewriter.verdict import Limits
 
@@ -135,7 +135,7 @@ def _compared(at: Prepared, loaded: Loaded, bound: float, numbers: Sequence[int]
 def _times(at: Prepared, solutions: Sequence[Solution]) -> list[list[float]]:
     """Seconds of the original, and of each plan, in turn; implementations are built before."""
     model, tuning = at.tuning.model, at.tuning
-    batch = at.search_half[0]
+    batch = max(at.search_half, key=size_of)  # the size at which sites are timed
     active = []
     for solution in solutions:
         tuning.place(solution)

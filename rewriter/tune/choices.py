@@ -15,7 +15,7 @@ from rewriter.codegen.formula import Formula
 from rewriter.mixture import ByHeads, of_heads
 from rewriter.plan import Tried
 from rewriter.region import Region
-from rewriter.select import WORTH_IT, bench, candidates, working
+from rewriter.select import WORTH_IT, candidates, working
 from rewriter.site import AttentionSite
 from rewriter.target import Target
 from rewriter.tune.measure import SiteBench
@@ -164,7 +164,7 @@ class Workbench:
     def _measure(
         self, region: Region, found: Sequence[tuple[Variant, Config]], refused: dict[str, str], budget: float
     ) -> dict[str, object]:
-        trial = bench(region)
+        trial = SiteBench(region, {})  # at the size that the user's own data have
         built = working(trial, found, refused)
         implementations = [implementation for _, _, implementation in built]
         exact = next((n for n, (variant, _, _) in enumerate(built) if variant.fidelity == "exact"), None)
