@@ -57,7 +57,7 @@ def test_a_neighbourhood_in_tiles(grid: tuple[int, ...], tile: tuple[int, ...]) 
     assert error(from_tiles(formula.reference(*tiled, 0.25), grid, tile), expected) <= tolerance(torch.float32)
     kernel = cpp.kernel(formula, 16, 16, torch.float32, ())
     if not isinstance(kernel, Refusal):
-        runs = Lists(formula)(tiled[0], tiled[1], {}, kernel.spec.block_m, kernel.spec.block_n)
+        runs = Lists(formula)(tiled[0], tiled[1], {}, kernel.spec.listed, kernel.spec.block_n)
         out = kernel(*tiled, runs.first, runs.runs, scale=0.25)
         assert error(from_tiles(out, grid, tile), expected) <= tolerance(torch.float32)
 

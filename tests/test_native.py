@@ -45,6 +45,10 @@ def on_diagonals(i: Any, j: Any) -> Any:
     return (j % 5 == i % 5) | (j // 7 % 4 < (i // 7).clamp(max=2))
 
 
+def scattered(i: Any, j: Any, listed: Any) -> Any:
+    return listed[i // 16, j // 16]
+
+
 CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
     "every key": (Formula(), {}, {}),
     "causal": (Formula((causal,), numbers={"offset": 0}), {}, {}),
@@ -99,7 +103,7 @@ def check_kernel(name: str, dtype: torch.dtype) -> None:
     types = tuple((name, tensor.dtype) for name, tensor in tensors.items())
     kernel = cpp.kernel(formula, sizes["width"], sizes["v_width"], dtype, types)
     assert not isinstance(kernel, Refusal), kernel
-    runs = Lists(formula)(query, key, tensors, kernel.spec.block_m, kernel.spec.block_n)
+    runs = Lists(formula)(query, key, tensors, kernel.spec.listed, kernel.spec.block_n)
     sink = torch.randn(4) if formula.sink else None
     captures = cpp.operands(formula, query, key, tensors)
     out = kernel(query, key, value, runs.first, runs.runs, scale=sizes["scale"], sink=sink, captures=captures)
@@ -135,6 +139,33 @@ def test_tokens_that_lie_elsewhere(dtype: torch.dtype) -> None:
         cpp.Attention(formula, kernel, (queries + 1, keys))(query, key, value, 0.3, sink=sink, padding=padding)
     with pytest.raises(OptionError, match="where the spec is ordered"):
         cpp.Attention(formula, kernel)(query, key, value, 0.3, sink=sink, padding=padding[:, :150])
+
+
+@pytest.mark.parametrize("name", ["padded", "scattered", "relu"])
+@pytest.mark.parametrize(("block_m", "block_n", "parts"), [(64, 16, 4), (48, 32, 3), (64, 64, 1), (128, 32, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_a_block_visit_keys_of_their_own(
+    dtype: torch.dtype, block_m: int, block_n: int, parts: int, name: str
+) -> None:
+    """Also where parts between others have nothing to see, and where some see nothing at all."""
+    normaliser: Any = "relu" if name == "relu" else "softmax"
+    masks: Any = (scattered,) if name == "scattered" else (near, tokens)
+    tensors = {"listed": torch.rand(14, 14) < 0.25} if name == "scattered" else {"padding": torch.rand(2, 217) < 0.7}
+    formula = Formula(masks, numbers={"window": 40} if masks[0] is near else {}, normaliser=normaliser)
+    query, key, value = (torch.randn(2, heads, 217, 24).to(dtype) for heads in (4, 2, 2))
+    types = {name: t.dtype for name, t in tensors.items()}
+    spec = cpp.spec_of(formula, head_dim=24, v_head_dim=24, dtype=dtype, tensors=types)
+    kernel = native.load(replace(spec, block_m=block_m, block_n=block_n, parts=parts, width=4 * block_n))
+    assert not isinstance(kernel, Refusal), kernel
+    out = cpp.Attention(formula, kernel)(query, key, value, 0.3, **tensors)
+    expected = formula.reference(query.double(), key.double(), value.double(), 0.3, **tensors)
+    assert error(out.double(), expected) <= tolerance(dtype)
+
+
+def test_parts_are_equal() -> None:
+    refused = native.load(native.Spec(head_dim=16, v_head_dim=16, block_m=64, parts=3))
+    assert isinstance(refused, Refusal)
+    assert "3 equal parts" in str(refused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -281,12 +312,12 @@ def test_blocks_follow_the_mask() -> None:
     """Of a narrow window small blocks visit less, of all keys they only cost more."""
     query = torch.randn(1, 8, 4096, 64)
     narrow, *others = cpp.sizes(Formula((near,), numbers={"window": 24}), query, query, {})
-    assert narrow == (64, 64)
+    assert narrow == (64, 32)
     assert others
-    assert all(m * n < 64 * 64 for m, n in others)
-    assert cpp.sizes(Formula(), query, query, {}) == [(64, 64)]
+    assert all(min(m, n) < 32 for m, n in others)
+    assert cpp.sizes(Formula(), query, query, {}) == [(64, 32)]
     short = query[:, :, :256]
-    assert cpp.sizes(Formula((near,), numbers={"window": 24}), short, short, {}) == [(64, 64)], "not worth a build"
+    assert cpp.sizes(Formula((near,), numbers={"window": 24}), short, short, {}) == [(64, 32)], "not worth a build"
 
 
 def test_the_best_config_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +423,7 @@ def test_a_new_function_is_a_kernel_everywhere() -> None:
     spec = cpp.spec_of(formula, head_dim=32, v_head_dim=32, dtype=torch.float32)
     kernel = native.load(spec)
     assert not isinstance(kernel, Refusal)
-    runs = Lists(formula)(query, query, {}, spec.block_m, spec.block_n)
+    runs = Lists(formula)(query, query, {}, spec.listed, spec.block_n)
     assert error(kernel(query, query, query, runs.first, runs.runs, scale=0.2), expected) <= tolerance(torch.float32)
     text = source(formula, Blocks(), head_dim=32, v_head_dim=32, dtype=torch.float32, kinds={})
     assert "remainder((i - j), 5)" in text or "remainder(t" in text

@@ -20,10 +20,13 @@ from rewriter.codegen.native import Kernel, Spec, load
 from rewriter.errors import OptionError
 from rewriter.site import Refusal
 
-_DEFAULT = (64, 64)
+Size = tuple[int, int]
+"""(block_m, block_n): queries and keys of a block. Each square of a higher block has a list of its own, so that at the
+edges of a mask no more is computed than smaller blocks would, by products as large as elsewhere.
+"""
 _BLOCKS = (16, 32, 64, 128)
-# Fitted to a causal window of 256 in float32 on AVX-512: with blocks of 32 x 32 to 128 x 128 within 2% of the measured.
-_PER_KEY, _PER_QUERY = 5.8, 2.1
+# Fitted to a causal window of 256 in float32 on AVX-512: with blocks of 64 x 16 to 128 x 32 within 8% of the measured.
+_PER_KEY, _PER_QUERY = 3.0, 1.2
 _WORTH = 1 << 21
 """Scores of a call, some 2 ms, below which no build of seconds is spent on better blocks."""
 
@@ -61,23 +64,35 @@ def kernel(
     v_head_dim: int,
     dtype: torch.dtype,
     tensors: Any,
-    size: tuple[int, int] = _DEFAULT,
+    size: Size | None = None,
     ordered: bool = False,
 ) -> Kernel | Refusal:
     """The kernel of a formula with blocks of `size`, built if need be; `tensors` are pairs of name and type."""
     spec = spec_of(formula, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype, tensors=dict(tensors))
-    return load(replace(spec, block_m=size[0], block_n=size[1], ordered=ordered))
+    block_m, block_n = default(dtype) if size is None else size
+    parts = block_m // min(block_m, block_n)
+    return load(replace(spec, block_m=block_m, block_n=block_n, parts=parts, ordered=ordered))
 
 
-def sizes(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """(block_m, block_n) worth a measurement: the default, and those that promise less work for this mask."""
+def default(dtype: torch.dtype) -> Size:
+    """What needs no measurement. Products of narrow elements are of many keys, or they are slow."""
+    return (64, 32) if dtype == torch.float32 else (64, 64)
 
-    def cost(size: tuple[int, int]) -> float:
-        return work(formula, query, key, tensors, *size, per_key=_PER_KEY, per_query=_PER_QUERY)
 
-    if query.shape[0] * query.shape[1] * cost(_DEFAULT) < _WORTH:
-        return [_DEFAULT]
-    return promising(_DEFAULT, itertools.product(_BLOCKS, _BLOCKS), cost)
+def sizes(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[Size]:
+    """Those worth a measurement: the default, and others that promise less work for this mask."""
+
+    def cost(size: Size) -> float:
+        block_m, block_n = size
+        listed = min(size)  # a key costs once for all parts of a block
+        return work(
+            formula, query, key, tensors, listed, block_n, per_key=_PER_KEY * listed / block_m, per_query=_PER_QUERY
+        )
+
+    first = default(query.dtype)
+    if query.shape[0] * query.shape[1] * cost(first) < _WORTH:
+        return [first]
+    return promising(first, itertools.product(_BLOCKS, _BLOCKS), cost)
 
 
 def operands(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -113,7 +128,7 @@ class Attention:
         """Scale multiplies q k^T; `tensors` are those that the formula names."""
         spec = self.kernel.spec
         standing = placed(query, key, self.places)
-        runs = lists_of(self.formula)(*standing, tensors, spec.block_m, spec.block_n)
+        runs = lists_of(self.formula)(*standing, tensors, spec.listed, spec.block_n)
         return self.kernel(
             query,
             key,
@@ -140,7 +155,7 @@ def attention(
     query: Tensor,
     value: Tensor,
     tensors: Mapping[str, Tensor],
-    size: tuple[int, int] = _DEFAULT,
+    size: Size | None = None,
     places: tuple[Tensor, Tensor] | None = None,
 ) -> Attention | Refusal:
     """The formula's kernel for operands like these, with blocks of `size`."""

@@ -66,6 +66,8 @@ class Spec:
     keyed       C++ expressions of `j` alone, integers, computed once for all queries of a block: `mask` and `score`
                 read the first as `keyed0`
     captures    (name, dtype as torch prints it, rank from 1) of tensors that both may read, as in `padding(b, j)`
+    parts       so many parts of the queries of a block have lists of their own. Products are of all parts from the
+                first to the last that visit a key, so what a list leaves out `mask` must hide, too
     ordered     tokens stand in another order than they lie in: a call says where each lies
     width       how many scores of a query are held at a time
     wide        products of matrices take float32 in place of a narrower `dtype`, as `load` has it on CPUs without one
@@ -83,9 +85,15 @@ class Spec:
     captures: tuple[tuple[str, str, int], ...] = ()
     block_m: int = 64
     block_n: int = 64
+    parts: int = 1
     width: int = 512
     wide: bool = False
     ordered: bool = False
+
+    @property
+    def listed(self) -> int:
+        """Queries that share a list of keys."""
+        return self.block_m // self.parts
 
     def refusal(self) -> Refusal | None:
         """What there is no source for."""
@@ -98,6 +106,8 @@ class Spec:
             reason = f"heads of {self.head_dim} and {self.v_head_dim} are outside of 1 to 256"
         elif self.block_m < 1 or self.block_n < 16 or self.block_n % 16 or self.width < 1 or self.width % self.block_n:
             reason = f"blocks of {self.block_m} x {self.block_n} in {self.width} scores do not fit vectors of 16"
+        elif self.parts < 1 or self.block_m % self.parts:
+            reason = f"{self.block_m} queries cannot be divided in {self.parts} equal parts"
         for name, dtype, rank in self.captures:
             if not name.isidentifier() or dtype not in _CAPTURED or rank < 1:
                 reason = f"a captured tensor {name!r} of {dtype} and rank {rank} has no form in C++"
@@ -220,7 +230,7 @@ class Kernel:
         """(B, H, Sq, Dv).
 
         query (B, H, Sq, D), key (B, Hkv, Skv, D), value (B, Hkv, Skv, Dv), H a multiple of Hkv
-        first       int32 (1 or B, 1 or H, ceil(Sq / block_m) + 1): the runs of block m are first[m] to first[m + 1]
+        first       int32 (1 or B, 1 or H, ceil(Sq / spec.listed) + 1): the runs of part m are first[m] to first[m + 1]
         runs        int32 (n, 3): first key block, one past the last, and whether `mask` has to be read. No key twice
         sink        float32 (H,): one more logit in the sum, without a value
         captures    in the order of `spec.captures`, with all of their axes as long as their indices go
@@ -275,7 +285,7 @@ class Kernel:
         spec = self.spec
         batch, heads, q_len, _ = query.shape
         q_len = len(places[0]) if places else q_len
-        blocks = -(-q_len // spec.block_m)
+        blocks = -(-q_len // spec.listed)
         wrong = ""
         dtypes = {str(t.dtype).removeprefix("torch.") for t in (query, key, value)}
         if dtypes != {spec.dtype} or query.device.type != "cpu":
@@ -287,7 +297,7 @@ class Kernel:
         elif first.dtype != torch.int32 or runs.dtype != torch.int32 or runs.shape[1:] != (3,):
             wrong = "lists of blocks are int32, and a run is three numbers"
         elif first.shape[0] not in (1, batch) or first.shape[1] not in (1, heads) or first.shape[2] != blocks + 1:
-            wrong = f"{q_len} queries in blocks of {spec.block_m} need {blocks + 1} offsets, not {(*first.shape,)}"
+            wrong = f"{q_len} queries in blocks of {spec.listed} need {blocks + 1} offsets, not {(*first.shape,)}"
         elif first.stride(2) != 1:
             wrong = "the offsets of one head do not lie side by side"
         elif sink is not None and (sink.dtype != torch.float32 or sink.shape != (heads,)):
