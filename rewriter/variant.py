@@ -81,8 +81,8 @@ class Variant:
     applies: Callable[[AttentionSite, Target], bool | Refusal]
     configs: Callable[[AttentionSite, Target], Iterable[Config]]
     build: Callable[[AttentionSite, Config], Implementation]
-    cases: Sequence[Case] = field(default=())
-    near_misses: Sequence[AttentionSite] = field(default=())
+    cases: Sequence[Case] = field(default=(), repr=False)
+    near_misses: Sequence[AttentionSite] = field(default=(), repr=False)
     elements: frozenset[str] = frozenset()
     formula: Callable[[AttentionSite, Config], Formula | LinearFormula | None] | None = None
 
