@@ -86,7 +86,7 @@ def test_kernels(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["more queries than keys", "window", "odd head size", "sigmoid"])
 def test_kernels_of_a_cpu_without_products_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They multiply in float32, and are rounded once, at the end."""
-    monkeypatch.setattr(native, "_multiplies", lambda dtype: False)
+    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
     for each in (native.load, cpp.kernel):
         each.cache_clear()
     check_kernel(name, torch.bfloat16)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rewriter.codegen import estimate
 from rewriter.codegen.blocks import lists_of
 from rewriter.codegen.formula import reading
+from rewriter.codegen.native import compiler
+from rewriter.errors import OptionError
 from rewriter.kernels.sparse.sale import VARIANT, formula, kept, quantised, selected
-from rewriter.site import AttentionSite
+from rewriter.site import AttentionSite, Refusal
 from rewriter.testing import assert_close, brute_force, inputs
 from rewriter.variant import Config
 
@@ -38,6 +41,45 @@ def test_the_map_is_that_of_the_definition(steps: str, rounded: bool, q_len: int
     found, defined = maps(query, key, None, config(0.1, steps, rounded, local))
     assert torch.equal(found, defined)
     assert 0.2 < found.float().mean() / maps(query, key, None, config(1e-5))[0].float().mean() < 0.9
+
+
+@MODES
+def test_the_map_is_the_same_without_a_compiler(steps: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "load", lambda rows, keys: Refusal("there is no compiler"))
+    query, key, *_ = inputs(SITE.sized(batch=2, q_len=1060, kv_len=1060), seed=1)
+    padding = torch.rand(2, 1060) < 0.9
+    found, defined = maps(query, key, padding, config(0.1, steps, rounded))
+    assert torch.equal(found, defined)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("wide", [False, True], ids=["bfloat16", "float32"])
+def test_blocks_above_their_thresholds(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel alone, with products in either type; ragged queries, an odd width, groups of heads."""
+    monkeypatch.setattr(estimate, "multiplies", lambda dtype: not wide)
+    kernel = estimate.load.__wrapped__(48, 32)
+    assert not isinstance(kernel, Refusal), kernel
+    query, key = (torch.randint(-7, 8, (2, heads, n, 13), dtype=torch.int8) for heads, n in ((4, 100), (2, 150)))
+    q_step, k_step = torch.rand(2, 4, 100) + 0.1, torch.rand(2, 2, 150) + 0.1
+    constant, threshold = torch.randn(2, 4, 150), 80 + 60 * torch.randn(2, 4, 100)
+    far = torch.tensor([0, 64, 128])
+    out = kernel(query, key, q_step, k_step, constant, threshold, far)
+    wide_key, wide_step = (t.repeat_interleave(2, 1) for t in (key, k_step))
+    scores = query.float() @ wide_key.float().mT * q_step[..., None] * wide_step[:, :, None] + constant[:, :, None]
+    above = torch.nn.functional.pad(scores > threshold[..., None], (0, 10, 0, 44))
+    expected = above.unflatten(3, (5, 32)).unflatten(2, (3, 48)).any(5).any(3)
+    assert torch.equal(out, expected & (torch.arange(5) * 32 < far[:, None]))
+    assert 0.1 < out[:, :, 1:].float().mean() < 0.9
+    with pytest.raises(OptionError, match="float32 of"):
+        kernel(query, key, q_step[:, :2], k_step, constant, threshold, far)
+    with pytest.raises(OptionError, match="int8"):
+        kernel(query.int(), key, q_step, k_step, constant, threshold, far)
+    with pytest.raises(OptionError, match="multiple of 64"):
+        kernel(query, key, q_step, k_step, constant, threshold, far + 32)
+
+
+def test_blocks_of_keys_fill_products() -> None:
+    assert isinstance(estimate.load(64, 48), Refusal)
 
 
 def test_fewer_blocks_are_kept_as_tau_grows_and_the_sink_and_the_band_always() -> None:

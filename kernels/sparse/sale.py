@@ -10,9 +10,9 @@
 
 The sums of a block map are frozen, unlike those of a kernel in one pass, whose threshold rises. Exact with tau = 0, and
 for calls of at most `floor` queries (of which those of decoding are): they are dense. The selection is a constant to
-gradients, in float32; tokens of padding take no part in the means. Work: N^2 / 2 products of 4-bit numbers (in floats
-on a CPU, in which their sums are whole numbers and the steps multiply either side), and the kept blocks.
-Memory: the map, a byte for 2,048 scores, and some rows of the estimate.
+gradients, in float32; tokens of padding take no part in the means. Work: N^2 / 2 products of 4-bit numbers (in
+bfloat16 on a CPU that has its products, else in floats: both hold them and their sums, which are whole), and the kept
+blocks. Memory: the map, a byte for 2,048 scores; where there is no compiler, some rows of the estimate as well.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.codegen import estimate
 from rewriter.codegen.either import Either
 from rewriter.codegen.formula import Formula, of_site, reading
 from rewriter.codegen.implementation import generated
@@ -125,14 +126,10 @@ def kept(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, numbe
     q, k, mean = smoothed(query.float(), key.float(), padding)
     q4, q_step = quantised(q - mean, (2, 8) if fragments else (1,), (-2,) if fragments else (-1,))
     k4, k_step = quantised(k, (4, 4, 2) if fragments else (1,), (-3, -1) if fragments else (-1,))
-    q, q4, q_step, mean = (t.unflatten(1, (kv_heads, groups)) for t in (q, q4, q_step, mean))
-    c = k @ mean.squeeze(3).mT  # (B, Hkv, Skv, G)
+    grouped = q.unflatten(1, (kv_heads, groups))
+    c = (mean.unflatten(1, (kv_heads, groups)).squeeze(3) @ k.mT).flatten(1, 2)  # (B, H, Skv)
     if padding is not None:
-        c = c.masked_fill(~padding[:, None, :, None], -3 * _FAR)
-    # The queries of a group are rows of one product, in which c and the threshold are columns.
-    wide = torch.cat([k4 * k_step, c, torch.ones_like(k_step)], -1).mT.contiguous()
-    k4, inverse = k4.float().mT.contiguous(), 1 / k_step.mT
-    which = torch.eye(groups, device=q.device)[:, None].expand(batch, kv_heads, -1, -1, -1)
+        c = c.masked_fill(~padding[:, None], -3 * _FAR)
 
     place = torch.arange(kv_len, device=q.device)
     firsts = past + torch.arange(0, q_len, _ROWS, device=q.device)
@@ -144,36 +141,49 @@ def kept(query: Tensor, key: Tensor, padding: Tensor | None, scale: float, numbe
     if padding is not None:
         out &= F.pad(padding, (0, -kv_len % _KEYS)).unflatten(1, (-1, _KEYS)).any(-1)[:, None, None]
 
-    rows = max(_TOGETHER // (batch * heads * kv_len) // _ROWS, 1) * _ROWS
-    for i in range(0, q_len, rows):
-        here, n = slice(i, min(i + rows, q_len)), min(rows, q_len - i)
-        begin, far = (max((past + r // _ROWS * _ROWS + 1 - local) // _SEGMENT * _SEGMENT, 0) for r in (i, i + n - 1))
-        if far <= _SINK:
-            continue
-        sink, end = min(_SINK, begin), past + i + n
+    threshold = q.new_empty(batch, kv_heads, groups, q_len)
+    for i in range(0, q_len, _ROWS):
+        here, n = slice(i, min(i + _ROWS, q_len)), min(_ROWS, q_len - i)
+        begin, end = max((past + i + 1 - local) // _SEGMENT * _SEGMENT, 0), past + i + n
+        sink = min(_SINK, begin)
         near = torch.cat([place[:sink], place[begin:end]])
-        row = torch.arange(i, i + n, device=q.device)
-        seen = (near <= past + row[:, None]) & ((near < _SINK) | (near >= starts[row // _ROWS, None]))
+        seen = near <= past + torch.arange(i, i + n, device=q.device)[:, None]
         if padding is not None:
             seen = seen & padding[:, None, None, None, near]
         band = torch.cat([k[:, :, :sink], k[:, :, begin:end]], 2).mT
-        exact = (q[:, :, :, here].flatten(2, 3) @ band).unflatten(2, (groups, n)).masked_fill(~seen, float("-inf"))
-        top = exact.amax(-1, True)
-        threshold = (top + _log(exact, scale, tau)).clamp(min=-_FAR)
-        own, step = q4[:, :, :, here], q_step[:, :, :, here]
-        if numbers["rounded"]:
-            unit = inverse[:, :, None, :, :far] / step
-            shift = (c[:, :, :far].mT[:, :, :, None] * unit).round()
-            over = (own.float().flatten(2, 3) @ k4[..., :far]).unflatten(2, (groups, n)) + shift - threshold * unit
-        else:
-            one = which.expand(-1, -1, -1, n, -1)
-            long = torch.cat([own * step, one, -threshold], -1).flatten(2, 3)
-            over = (long @ wide[..., :far]).unflatten(2, (groups, n))
-        over = F.pad(over, (0, 0, 0, -n % _ROWS), value=-_FAR) if n % _ROWS else over
-        high = over.unflatten(3, (-1, _ROWS)).amax(4).unflatten(4, (-1, _KEYS)).amax(5) > 0
-        span = slice(i // _ROWS, i // _ROWS + high.shape[3])
-        before = blocks[: far // _KEYS] < starts[span, None]
-        out[:, :, span, : far // _KEYS] |= high.flatten(1, 2) & before
+        exact = (grouped[:, :, :, here].flatten(2, 3) @ band).unflatten(2, (groups, n))
+        exact = exact.masked_fill(~seen, float("-inf"))
+        threshold[..., here] = (exact.amax(-1) + _log(exact, scale, tau)[..., 0]).clamp(min=-_FAR)
+    estimated = q4, k4, q_step[..., 0], k_step[..., 0], c, threshold.flatten(1, 2), starts
+    high: Tensor = _above(*estimated, rounded=bool(numbers["rounded"]))
+    return out | (high & (blocks < starts[:, None]))
+
+
+def _above(
+    q4: Tensor, k4: Tensor, q_step: Tensor, k_step: Tensor, c: Tensor, threshold: Tensor, starts: Tensor, *,
+    rounded: bool,
+) -> Tensor:  # fmt: skip
+    """Which blocks before the band hold an estimate above its query's threshold: step 5."""
+    kernel = estimate.load(_ROWS, _KEYS) if q4.device.type == "cpu" else Refusal("")
+    if isinstance(kernel, estimate.EstimateKernel):
+        return kernel(q4, k4, q_step, k_step, c, threshold, starts, rounded=rounded)
+    (batch, heads, q_len, _), (kv_heads, kv_len) = q4.shape, k4.shape[1:3]
+    groups, q_blocks = heads // kv_heads, -(-q_len // _ROWS)
+    out = q4.new_zeros(batch, heads, q_blocks, -(-kv_len // _KEYS), dtype=torch.bool)
+    rows = max(_TOGETHER // (batch * heads * kv_len) // _ROWS, 1) * _ROWS
+    k = k4.float().mT
+    for i in range(0, q_len, rows):
+        here, n, far = slice(i, i + rows), min(rows, q_len - i), int(starts[(min(i + rows, q_len) - 1) // _ROWS])
+        # The queries of a group are rows of one product.
+        product = q4[:, :, here].float().unflatten(1, (kv_heads, groups)).flatten(2, 3) @ k[..., :far]
+        product = product.unflatten(2, (groups, n)).flatten(1, 2)
+        steps = q_step[:, :, here, None] * k_step[:, :, :far].repeat_interleave(groups, 1)[:, :, None]
+        constant = c[:, :, None, :far]
+        constant = (constant / steps).round() * steps if rounded else constant
+        over = steps * product + constant - threshold[:, :, here, None]
+        over = F.pad(over, (0, 0, 0, -n % _ROWS), value=-_FAR)
+        high = over.unflatten(2, (-1, _ROWS)).amax(3).unflatten(3, (-1, _KEYS)).amax(4) > 0
+        out[:, :, i // _ROWS : i // _ROWS + high.shape[2], : far // _KEYS] = high
     return out
 
 

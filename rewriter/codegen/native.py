@@ -176,7 +176,7 @@ def load(spec: Spec) -> Kernel | Refusal:
     """The kernel of a spec, built if need be. A refusal says what is missing, or what the compiler did not take."""
     if (refusal := spec.refusal()) is not None:
         return refusal
-    if spec.dtype != "float32" and not _multiplies(spec.dtype):
+    if spec.dtype != "float32" and not multiplies(spec.dtype):
         spec = replace(spec, wide=True)
     loaded = _loaded(spec)
     if isinstance(loaded, Refusal):
@@ -200,7 +200,7 @@ def _loaded(spec: Spec) -> ctypes.CDLL | Refusal:
 
 
 @cache
-def _multiplies(dtype: str) -> bool:
+def multiplies(dtype: str) -> bool:
     """Has this CPU products of matrices in this type? A small kernel is built to ask: oneDNN has no other answer."""
     asked = _loaded(Spec(head_dim=16, v_head_dim=16, dtype=dtype))
     return isinstance(asked, Refusal) or bool(asked.rewriter_supported())
