@@ -1,4 +1,5 @@
-"""Products of two tensors of any rank, batch axes broadcast: `matmul`, `bmm`, `mm`, `baddbmm`, `inner`, `linear`."""
+"""Products of two tensors of any rank, batch axes broadcast: `matmul`, `bmm`, `mm`, `baddbmm`, `addmm`, `inner`,
+`linear`."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ def contraction(node: fx.Node) -> Contraction | None:
         return _product(*node.args[:2])
     if is_call(node, _ATEN.linear, _ATEN.inner) and len(node.args) == 2:
         return _inner(*node.args)
-    if is_call(node, _ATEN.baddbmm):
+    if is_call(node, _ATEN.baddbmm, _ATEN.addmm):
         added, left, right = node.args[:3]
+        assert isinstance(right, fx.Node)
+        if is_call(node, _ATEN.addmm) and not depends_on_data(right):  # a linear layer with its bias
+            return None
         found = _product(left, right)
         alpha, beta = constant(argument(node, "alpha")), constant(argument(node, "beta"))
         if found is None or alpha is None or beta is None or not isinstance(added, fx.Node):

@@ -1,16 +1,17 @@
 """Softmax written out: exp(s - max) / sum(exp(s - max)), perhaps without the maximum, perhaps with 1 more in the sum
-("softmax1", Miller 2023, "Attention is off by one")."""
+("softmax1", Miller 2023, "Attention is off by one"), perhaps with a mask over the exponentials."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from rewriter.pattern import Normaliser, Pattern, argument, constant, is_call, value_of
+from rewriter.pattern import Normaliser, Pattern, Step, argument, constant, is_call, value_of
 
 _ATEN = torch.ops.aten
 
@@ -21,30 +22,72 @@ def normaliser(node: fx.Node) -> Normaliser | None:
         return _by_logarithm(node) or _divided_later(node)
     if not is_call(node, _ATEN.div, _ATEN.true_divide) or len(node.args) != 2:
         return None
-    power, total = node.args
-    if not is_call(power, _ATEN.exp):
+    weights, total = node.args
+    assert isinstance(weights, fx.Node) and isinstance(total, fx.Node | int | float)
+    found = _exponential(weights)
+    if found is None:
         return None
-    assert isinstance(power, fx.Node) and isinstance(total, fx.Node | int | float)
+    power, hidden, edit = found
     one_more = False
+    if is_call(total, _ATEN.clamp, _ATEN.clamp_min):
+        assert isinstance(total, fx.Node)
+        total, edit = total.all_input_nodes[0], "epsilon"
     if is_call(total, _ATEN.add):
         assert isinstance(total, fx.Node)
         left, right = total.args[:2]
         total, other = (left, right) if is_call(left, _ATEN.sum) else (right, left)
         one_more = _is_one(other, power)
         if not one_more:
-            return None
+            edit = "epsilon"
     if not is_call(total, _ATEN.sum):
         return None
     assert isinstance(total, fx.Node)
     axes, keeps = argument(total, "dim"), argument(total, "keepdim")
     summed = total.args[0]
-    again = is_call(summed, _ATEN.exp) and summed.all_input_nodes == power.all_input_nodes  # type: ignore[union-attr]
-    if not (summed is power or again) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+    again = is_call(summed, _ATEN.exp) and summed.all_input_nodes == weights.all_input_nodes  # type: ignore[union-attr]
+    if not (summed is weights or again) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
         return None
     scores = power.all_input_nodes[0]
     if one_more and is_call(scores, _ATEN.sub):  # the 1 was shifted too, as exp(-max)
         scores = scores.all_input_nodes[0]
-    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, zero_sink=one_more)
+    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, zero_sink=one_more, hidden=hidden, edit=edit)
+
+
+def _exponential(node: Any, depth: int = 0) -> tuple[fx.Node, tuple[tuple[fx.Node, Step], ...], str] | None:
+    """The exponential that these were, what was hidden of it, and an edit that is no hiding."""
+    if is_call(node, _ATEN.exp):
+        return node, (), ""
+    for source, hiding in _hidings(node) if depth < _MOST_MASKS else ():
+        if (found := _exponential(source, depth + 1)) is not None:
+            power, hidden, edit = found
+            if isinstance(hiding, str):
+                return power, hidden, hiding
+            kind, tensor = hiding
+            return power, (*hidden, (node, Step(kind, source, tensor, float("-inf")))), edit
+    return None
+
+
+_MOST_MASKS = 4
+
+
+def _hidings(node: Any) -> Iterator[tuple[fx.Node, tuple[Literal["keep", "drop"], fx.Node] | str]]:
+    """Of what this may be a part: (the whole, (where it is or is not 0 by a bool mask)), or (the whole, an edit)."""
+    if is_call(node, _ATEN.mul, _ATEN.mul_) and len(node.all_input_nodes) == 2:
+        for source, mask in itertools.permutations(node.all_input_nodes):
+            seen = mask
+            while is_call(seen, _ATEN.to, _ATEN._to_copy):
+                seen = seen.all_input_nodes[0]
+            yield source, ("keep", seen) if value_of(seen).dtype == torch.bool else "weighted"
+    elif is_call(node, _ATEN.masked_fill, _ATEN.masked_fill_) and constant(node.args[2]) == 0:
+        yield node.args[0], ("drop", node.args[1])
+    elif is_call(node, _ATEN.where) and len(node.args) == 3:
+        condition, chosen, other = node.args
+        if constant(other) == 0:
+            yield chosen, ("keep", condition)
+        if constant(chosen) == 0:
+            yield other, ("drop", condition)
+    elif is_call(node, _ATEN.tril, _ATEN.triu):
+        yield node.all_input_nodes[0], "triangular"
 
 
 def _by_logarithm(node: fx.Node) -> Normaliser | None:
@@ -98,6 +141,16 @@ def _written(scale: float, shift: bool, one: bool) -> Callable[..., torch.Tensor
     return example
 
 
+def _hidden_after(how: int) -> Callable[..., torch.Tensor]:
+    def example(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        s = q @ k.mT * 0.3
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        e = (e * mask, mask.to(e.dtype) * e, e.masked_fill(~mask, 0.0), torch.where(mask, e, 0.0))[how]
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    return example
+
+
 def _by_logsumexp(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     s = q @ k.mT * 0.3  # a row that is hidden altogether would sum to the number of keys
     return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
@@ -112,5 +165,6 @@ PATTERN = Pattern(
         _written(0.3, True, True),
         _written(0.3, False, True),
         _by_logsumexp,
+        *map(_hidden_after, range(4)),
     ),
 )

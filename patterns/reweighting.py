@@ -31,6 +31,10 @@ def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
         return Step("edit", node.all_input_nodes[0], name="squared")
     if is_call(node, _ATEN.abs):
         return Step("edit", node.all_input_nodes[0], name="unsigned")
+    if is_call(node, _ATEN.tril, _ATEN.triu):
+        return Step("edit", node.all_input_nodes[0], name="triangular")
+    if is_call(node, _ATEN.minimum, _ATEN.maximum) and len(node.all_input_nodes) == 2:
+        return tuple(Step("edit", source, name="bounded") for source in node.all_input_nodes)
     return None
 
 

@@ -97,8 +97,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """weights = normalise(scores) along `axis`. With `zero_sink` the sum has one more term, exp(0). An `edit` says what
-    the canonical operator does not do in this way.
+    """weights = normalise(scores) along `axis`. With `zero_sink` the sum has one more term, exp(0). `hidden` are scores
+    whose exponentials were made 0: nodes, and steps of the kinds keep and drop. An `edit` says what the canonical
+    operator does not do in this way.
     """
 
     scores: fx.Node
@@ -106,6 +107,7 @@ class Normaliser:
     kind: Literal["softmax", "sigmoid", "relu"] = "softmax"
     dtype: torch.dtype | None = None
     zero_sink: bool = False
+    hidden: tuple[tuple[fx.Node, Step], ...] = ()
     edit: str = ""
 
 

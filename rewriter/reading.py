@@ -84,7 +84,7 @@ def broadcast_groups(heads: object, kv_heads: object) -> Axis | None:
 def read_ways(node: fx.Node, normaliser: Normaliser, up: Product, down: Product) -> Reading | Refusal:
     """An attention that is spelled out: from the product `up` through the normaliser `node` to the product `down`."""
     scores = _Scores(up)
-    reason = scores.follow(up.way)
+    reason = scores.follow(up.way) or scores.take(normaliser.hidden)
     if reason is not None:
         return reason
     weights = _Weights(scores, node, normaliser)

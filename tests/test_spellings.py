@@ -1090,6 +1090,18 @@ def cogview(s: Tensor) -> Tensor:
     return ((s - s.amax(-1, keepdim=True)) * 32).softmax(-1)
 
 
+def exponentials(edit: Callable[..., Tensor], more: float = 0.0) -> Callable[..., Tensor]:
+    """Attention by exponentials that are edited, by the further inputs, before they are divided by their sum."""
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+        s = q @ k.mT * DEFAULT
+        e = edit((s - s.amax(-1, keepdim=True)).exp(), *others)
+        total = e.sum(-1, keepdim=True)
+        return e / (total + more if more else total) @ v
+
+    return compute
+
+
 def column(s: Tensor, sink: Tensor) -> Tensor:
     """GPT-OSS: one more logit for each head, dropped after the softmax."""
     logits = torch.cat([s, sink.reshape(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[-2], -1)], dim=-1)
@@ -1222,6 +1234,30 @@ NORMALISERS: Group = {
     ),
     "renormalised after a mask": kept(
         weighed(lambda p, m: (p * m) / (p * m).sum(-1, keepdim=True)), MASKED, edits=names("renormalised")
+    ),
+    "exponentials times a mask": a(exponentials(torch.mul), MASKED, mask=Dense(), scale=DEFAULT),
+    "exponentials times numbers of a mask": a(exponentials(lambda e, m: m.float() * e), MASKED, mask=Dense()),
+    "exponentials times padding": a(exponentials(lambda e, m: e * m[:, None, None]), PADDED, mask=Padding()),
+    "exponentials, hidden ones filled": a(exponentials(lambda e: e.masked_fill(~tril(S), 0)), SAME, mask=Causal()),
+    "exponentials, hidden ones by where": a(exponentials(lambda e: torch.where(tril(S), e, 0)), SAME, mask=Causal()),
+    "exponentials times two masks": a(
+        exponentials(lambda e, m: e * tril(S) * m[:, None, None]), PADDED, mask=Causal() & Padding()
+    ),
+    "exponentials below the diagonal": kept(exponentials(torch.tril), SAME, edits=names("triangular")),
+    "exponentials times a gate": kept(
+        exponentials(lambda e, g: e * g.sigmoid()), more(CROSS, lambda b: torch.randn(b, 1, 1, T)),
+        edits=names("weighted"),
+    ),
+    "a sum and a little more": kept(exponentials(lambda e: e, 1e-6), edits=names("epsilon")),
+    "weights below the diagonal": kept(
+        weighed(lambda p: (p := p.tril()) / p.sum(-1, keepdim=True)), SAME, edits=names("triangular")
+    ),
+    "scores below a tensor": kept(
+        normalised(lambda s: torch.minimum(s, torch.full((S, T), 0.5).triu()).softmax(-1)), edits=names("bounded")
+    ),
+    "addmm": a(
+        lambda q, k, v: torch.addmm(torch.full((S, S), -INF).triu(1), q, k.t(), alpha=DEFAULT).softmax(-1).mm(v),
+        lambda batch: two(batch)[:1] * 3, mask=Causal(), scale=DEFAULT,
     ),
     "mixed with positions": a(convit, more(SAME, learned(4, S, S), learned(4)), sites=(1,), taken=False),
     "differential": a(differential, more(CROSS, learned()), sites=(1, 2), taken=None),
