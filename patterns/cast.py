@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import DATA_OF, Pattern, Step, is_call, unsliced, value_of
+from rewriter.nodes import DATA_OF, is_call, unsliced, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 _COPIES = (_ATEN.clone, _ATEN.contiguous, _ATEN.alias, _ATEN.lift_fresh_copy, _ATEN.detach, DATA_OF)

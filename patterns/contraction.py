@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Contraction, Pattern, argument, constant, depends_on_data, is_call, value_of
+from rewriter.nodes import argument, constant, depends_on_data, is_call, value_of
+from rewriter.pattern import Contraction, Pattern
 
 _ATEN = torch.ops.aten
 

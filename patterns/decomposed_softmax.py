@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rewriter.pattern import Normaliser, Pattern, Step, argument, constant, is_call, value_of
+from rewriter.nodes import argument, constant, is_call, value_of
+from rewriter.pattern import Normaliser, Pattern, Step
 
 _ATEN = torch.ops.aten
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Contraction, Pattern, is_call, value_of
+from rewriter.nodes import is_call, value_of
+from rewriter.pattern import Contraction, Pattern
 
 _ATEN = torch.ops.aten
 

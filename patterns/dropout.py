@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, argument, constant, is_call
+from rewriter.nodes import argument, constant, is_call
+from rewriter.pattern import Pattern, Step
 from rewriter.site import Refusal
 
 _ATEN = torch.ops.aten

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Sampler, argument, is_call, value_of
+from rewriter.nodes import argument, is_call, value_of
+from rewriter.pattern import Pattern, Sampler
 from rewriter.site import Refusal
 
 _ATEN = torch.ops.aten

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from rewriter.axes import shape_of
-from rewriter.pattern import Pattern, Step, ask, is_call, is_parameter, value_of
+from rewriter.nodes import is_call, is_parameter, value_of
+from rewriter.pattern import Pattern, Step, ask
 
 _ATEN = torch.ops.aten
 _MOST_HEADS = 256

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from rewriter.axes import View
-from rewriter.pattern import Pattern, Step, argument, is_call, value_of
+from rewriter.nodes import argument, is_call, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 

@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from rewriter.axes import shape_of
-from rewriter.pattern import Pattern, Step, is_call
+from rewriter.nodes import is_call
+from rewriter.pattern import Pattern, Step
 
 
 def element(node: fx.Node) -> Step | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Join, Pattern, argument, is_call, value_of
+from rewriter.nodes import argument, is_call, value_of
+from rewriter.pattern import Join, Pattern
 
 _ATEN = torch.ops.aten
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, argument, buffered, constant, is_call, is_number, value_of
+from rewriter.nodes import argument, buffered, constant, is_call, is_number, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 

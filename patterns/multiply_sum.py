@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from rewriter.axes import shape_of
-from rewriter.pattern import Contraction, Pattern, argument, is_call, value_of
+from rewriter.nodes import argument, is_call, value_of
+from rewriter.pattern import Contraction, Pattern
 
 _ATEN = torch.ops.aten
 

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import fx
 
-from rewriter.pattern import Normaliser, Pattern, is_call
+from rewriter.nodes import is_call
+from rewriter.pattern import Normaliser, Pattern
 
 _ATEN = torch.ops.aten
 

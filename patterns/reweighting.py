@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, argument, constant, is_call, value_of
+from rewriter.nodes import argument, constant, is_call, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 

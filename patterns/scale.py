@@ -7,7 +7,8 @@ import math
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, constant, is_call, value_of
+from rewriter.nodes import constant, is_call, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.pattern import Call, Pattern, argument, constant, fixed, is_call, value_of
+from rewriter.nodes import argument, constant, fixed, is_call, value_of
+from rewriter.pattern import Call, Pattern
 from rewriter.site import Refusal
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from rewriter.axes import shape_of
-from rewriter.pattern import Pattern, Step, argument, constant, is_call, unsliced, value_of
+from rewriter.nodes import argument, constant, is_call, unsliced, value_of
+from rewriter.pattern import Pattern, Step
 
 _ATEN = torch.ops.aten
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from rewriter.pattern import Pattern, Step, is_call
+from rewriter.nodes import is_call
+from rewriter.pattern import Pattern, Step
 
 
 def element(node: fx.Node) -> Step | None:

@@ -9,7 +9,7 @@ from torch import fx
 
 from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
 from rewriter.facts import HIDDEN, Op, Operand, Reading
-from rewriter.pattern import above, is_call
+from rewriter.nodes import above, is_call
 from rewriter.walk import step_at
 
 

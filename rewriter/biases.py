@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from rewriter.axes import Placed, backward, broadcast
 from rewriter.facts import HIDDEN, Roles
 from rewriter.masks import Plane
-from rewriter.pattern import PRODUCTS, Step, argument, ask, depends_on_data, is_bias, is_call
+from rewriter.nodes import PRODUCTS, argument, depends_on_data, is_bias, is_call
+from rewriter.pattern import Step, ask
 from rewriter.samples import FAILURES, Part, Sizes, draws, evaluate, fixed_values, part_of, size_assignments
 from rewriter.site import ages
 

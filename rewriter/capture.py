@@ -21,7 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from rewriter.errors import CaptureError, RewriterError
-from rewriter.pattern import storage, written
+from rewriter.nodes import storage, written
 from rewriter.retrace import NotCallByCall, call_by_call, under_vmap, whole
 
 Graph = fx.GraphModule

@@ -22,17 +22,9 @@ from rewriter.biases import Bias, Term, read_bias, terms
 from rewriter.capture import Graph, frame_path, site_path, source_line
 from rewriter.facts import HIDDEN, Op, Reading
 from rewriter.masks import MaskReading, Tokens, placed_again, read_mask
+from rewriter.nodes import comes_from_product, fixed, is_parameter, mark_data, value_of
 from rewriter.operands import is_changed
-from rewriter.pattern import (
-    Call,
-    Normaliser,
-    ask,
-    comes_from_product,
-    fixed,
-    is_parameter,
-    mark_data,
-    value_of,
-)
+from rewriter.pattern import Call, Normaliser, ask
 from rewriter.proof import Proof
 from rewriter.raising import ChangedInPlace, Match
 from rewriter.reading import read_call, read_ways

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.capture import Graph
+from rewriter.nodes import is_call, value_of
 from rewriter.ops import attention_math
-from rewriter.pattern import is_call, value_of
 from rewriter.raising import Operands, Raised, arguments
 from rewriter.region import hint
 from rewriter.samples import held

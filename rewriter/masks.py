@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from rewriter.axes import Atom, Axis, Layout, Placed, backward, broadcast
 from rewriter.canonical import SizeOf, gathered, run
 from rewriter.facts import HIDDEN, Roles
-from rewriter.pattern import DATA_OF, depends_on_data, is_call, value_of
+from rewriter.nodes import DATA_OF, depends_on_data, is_call, value_of
 from rewriter.samples import (
     BINARY,
     FAILURES,

@@ -7,7 +7,7 @@ from torch import fx
 
 from rewriter.axes import Layout, Placed, backward
 from rewriter.facts import Operand, Reading
-from rewriter.pattern import is_parameter, storage, value_of, written
+from rewriter.nodes import is_parameter, storage, value_of, written
 from rewriter.walk import step_at
 
 

@@ -19,8 +19,8 @@ from rewriter.canonical import Emit, SizeOf, gathered, run, scattered, sizes_fro
 from rewriter.capture import Graph
 from rewriter.facts import HIDDEN, Op, Reading, Roles
 from rewriter.masks import Tokens, tokens_at
+from rewriter.nodes import is_call, storage, value_of, written
 from rewriter.ops import attention
-from rewriter.pattern import is_call, storage, value_of, written
 from rewriter.site import AttentionSite, Full
 from rewriter.twins import twin_among
 

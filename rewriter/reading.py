@@ -12,8 +12,9 @@ from torch import fx
 from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, expanded, forward, fresh, fresh_axes, refined, shape_of
 from rewriter.beyond import drop_shifts, made_from, outside
 from rewriter.facts import HIDDEN, Op, Operand, Reading
+from rewriter.nodes import constant, value_of
 from rewriter.operands import is_changed, strip, unexpanded
-from rewriter.pattern import Call, Contraction, Normaliser, Step, constant, value_of
+from rewriter.pattern import Call, Contraction, Normaliser, Step
 from rewriter.site import Refusal
 from rewriter.twins import are_twins
 from rewriter.walk import Product, Way, described

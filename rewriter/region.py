@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from rewriter.axes import Axis, Layout, as_captured
 from rewriter.canonical import SizeOf, run
 from rewriter.facts import Op
+from rewriter.nodes import is_bias, is_call, value_of
 from rewriter.ops import attention
-from rewriter.pattern import is_bias, is_call, value_of
 from rewriter.raising import ChangedInPlace, Match, Operands, arguments, between, compose_mask, compose_padding
 from rewriter.site import Padding, Refusal
 from rewriter.twins import twin_among

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import fetch_object_proxy, get_proxy_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriter.fastpath import WRITTEN_OUT
-from rewriter.pattern import DATA_OF, is_transform, storage, written
+from rewriter.nodes import DATA_OF, is_transform, storage, written
 
 Graph = fx.GraphModule
 

@@ -14,7 +14,7 @@ from rewriter.axes import Axis, Placed, as_captured, refined
 from rewriter.canonical import Emit, SizeOf, gathered, run, scattered, sizes_from
 from rewriter.capture import Graph
 from rewriter.lower import lay_out, memory_order, needs_strides
-from rewriter.pattern import value_of
+from rewriter.nodes import value_of
 from rewriter.raising import Value, emitter
 from rewriter.region import Region, Sizes, hint, proof_dtype, whole
 from rewriter.sampling import sampled

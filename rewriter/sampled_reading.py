@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from rewriter.axes import Atom, Axis, Layout, Placed, backward, forward, refined, shape_of
 from rewriter.capture import source_line
-from rewriter.pattern import Contraction, Join, Normaliser, Sampler, argument, ask, is_call, is_parameter, value_of
+from rewriter.nodes import argument, is_call, is_parameter, value_of
+from rewriter.pattern import Contraction, Join, Normaliser, Sampler, ask
 from rewriter.sampled import Level, SampledMatch
 from rewriter.site import AttentionSite, Full, Refusal
 from rewriter.walk import step_at

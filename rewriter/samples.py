@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from rewriter.axes import Atom
 from rewriter.capture import transforms_ended
-from rewriter.pattern import PRODUCTS, constant, depends_on_data, is_call, is_transform, storage, value_of, written
+from rewriter.nodes import PRODUCTS, constant, depends_on_data, is_call, is_transform, storage, value_of, written
 
 _ATEN = torch.ops.aten
 _MOST_ELEMENTS = 1 << 28

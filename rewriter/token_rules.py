@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from rewriter.axes import Size, shape_of, size_of
-from rewriter.pattern import argument, is_call, is_parameter
+from rewriter.nodes import argument, is_call, is_parameter
 from rewriter.pieces import (
     Axis,
     Known,

@@ -17,7 +17,7 @@ from torch import fx
 from rewriter.axes import Atom, Size, shape_of
 from rewriter.biases import terms
 from rewriter.facts import Reading
-from rewriter.pattern import depends_on_data, is_call
+from rewriter.nodes import depends_on_data, is_call
 from rewriter.pieces import Axis, Known, Layout, as_shape, merged, new, rank
 from rewriter.site import AttentionSite
 from rewriter.token_rules import convolved, fill, item, rule_of

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from rewriter.pattern import constant, storage, written
+from rewriter.nodes import constant, storage, written
 
 _MOST = 64
 """No mask is written in more calls than this."""

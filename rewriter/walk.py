@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from rewriter.capture import source_line
-from rewriter.pattern import Contraction, Step, ask, depends_on_data, is_parameter
+from rewriter.nodes import depends_on_data, is_parameter
+from rewriter.pattern import Contraction, Step, ask
 from rewriter.site import Refusal
 
 Way = tuple[tuple[fx.Node, Step], ...]

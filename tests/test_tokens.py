@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rewriter.capture import exported
 from rewriter.detect import detect
-from rewriter.pattern import mark_data
+from rewriter.nodes import mark_data
 from rewriter.site import AttentionSite, Full
 from rewriter.tokens import layouts
 
