@@ -131,8 +131,10 @@ class Verdict:
             f"bound {unit(self.max_drop)}{rounding}): {_held(self.held)}{': ' if self.reason else ''}{self.reason}"
         )
 
-    def checked(self, check: Check) -> Verdict:
-        """This verdict with one more condition."""
+    def checked(self, check: Check | None) -> Verdict:
+        """This verdict with one more condition, if there is one."""
+        if check is None:
+            return self
         reason = self.reason if check.held or self.reason else str(check)
         checks, held = (*self.checks, check), self.held and check.held
         return dataclasses.replace(self, checks=checks, held=held, reason=reason)

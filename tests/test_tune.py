@@ -28,6 +28,7 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench, alternate, medians, peak_memory
 from rewriter.tune.search import Tuning
 from rewriter.tune.slots import SlotRewriter, Switches
+from tests.test_probes import Copying, texts
 
 WIDTH = 16
 LENGTH = 300
@@ -160,6 +161,30 @@ def registered() -> Iterator[Callable[[Callable[..., Tensor]], None]]:
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("recall_drop", "known"), [(None, True), (None, False), (1.0, True)])
+def test_what_an_average_does_not_show_is_probed(
+    recall_drop: float | None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window changes nothing on these texts, in which nothing comes twice, and forgets what stood far before. The
+    search avoids what it knows of; on held-out data it is asked again.
+    """
+    if not known:
+        monkeypatch.setattr(run, "Recall", lambda *_: None)
+    batches = [{"input_ids": t.args[0]} for t in texts(12, length=LENGTH)]
+    model = rewriter.optimize(Copying(), batches, max_drop=0.5, worst_drop=9.0, recall_drop=recall_drop)
+    report = rewriter.report_of(model)
+    assert report is not None and report.verdict is not None
+    if recall_drop == 1.0:
+        assert variants_of(model) == {"sliding_window"}
+        assert "recall" not in str(report.verdict.checks)
+        return
+    assert variants_of(model) <= {"sdpa", "original"}
+    assert any("recall of planted pairs" in note and "not held" in note for note in report.notes) != known
+    plan = rewriter.plan_of(rewriter.optimize(Copying(), batches, max_drop=0.5, worst_drop=9.0, recall_drop=1.0))
+    with pytest.raises(GuardError, match="recall of planted pairs"):
+        rewriter.optimize(Copying(), batches, plan=plan, max_drop=0.5, worst_drop=9.0)
 
 
 @pytest.mark.parametrize("bound", [1e-4, 0.02])

@@ -2,7 +2,8 @@
 
 Rank and revert: everywhere the cheapest, then back to what is exact at the sites that cost the most accuracy for what
 they gain, as few of them as will do. One setting: the same variant with the same config at every site that takes it.
-A plan is one that keeps the metric within the search's margin on the data that guide it; none is cut back by the guard.
+A plan is one that keeps the metric within the search's margin on the data that guide it; recall is not probed, and none
+is cut back by the guard.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def compared(loaded: Loaded, bound: float, seed: int, progress: Advance) -> list
     calibration, numbers = loaded.divided(seed)
     request = Request(
         goal="latency", allowed=frozenset(loaded.settings.variants), inner="eager", dynamic=None, progress=progress,
-        limits=Limits.checked(bound, None, None, None), metric=loaded.host.metric, seed=seed, deadline=Deadline(None),
+        limits=Limits.checked(bound, None, None, 1.0), metric=loaded.host.metric, seed=seed, deadline=Deadline(None),
     )  # fmt: skip
     try:
         at = prepared(loaded.model, calibration, request)

@@ -7,6 +7,9 @@ only: sum over queries and heads of (g . d)^2 / 2, where the products between po
 (their expectation over independent answers is small where positions answer by themselves). Models that give vectors
 are asked about a random direction instead, for 1 - cosine = |P d y|^2 / (2 |y|^2).
 
+Where a text asks for planted tokens (`rewriter.probes`), F says little: a model that is sure has next to no gradient.
+What counts there is how far their logits fall, to first order.
+
 It ranks candidates and shares a bound among them. What a plan really does to the metric is measured.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from rewriter.guard import evaluating
 from rewriter.metrics import IGNORED, Batch, Metric, is_built_in, logits_of, primary, real_positions, targets
+from rewriter.probes import Planted
 from rewriter.tune.slots import Switches
 
 Gradients = dict[tuple[str, int], Tensor]
@@ -78,8 +82,17 @@ def effects(gradient: Tensor, difference: Tensor, kv_heads: int) -> list[float]:
     return shares
 
 
+def losses(gradient: Tensor, difference: Tensor, kv_heads: int) -> list[float]:
+    """-g . d of the queries where that is above 0, summed, for each key/value head with its queries."""
+    products = -(gradient * difference.float()).sum(-1)
+    shares: list[float] = products.clamp(min=0).sum((0, 2)).view(kv_heads, -1).sum(-1).tolist()
+    return shares
+
+
 def _answers(metric: Metric, outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
-    """A sum whose gradient is that of sampled answers, and how many there are."""
+    """A sum whose gradient is that of sampled answers, or of planted ones, and how many there are."""
+    if isinstance(batch.source, Planted):
+        return batch.source.logits(outputs).sum(), batch.source.wanted.numel()
     if is_built_in(metric) and metric.name in _OVER_CLASSES:
         logits = logits_of(outputs) if metric.name == "perplexity" else primary(outputs)
         wanted = targets(logits, batch) if metric.name == "perplexity" else None

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from rewriter.guard import evaluating, relative_rms
 from rewriter.metrics import Batch, Metric
+from rewriter.probes import RECALL
 from rewriter.raising import Operands
 from rewriter.recover import fit
 from rewriter.site import AttentionSite
 from rewriter.tune.choices import SiteChoices
 from rewriter.tune.deadline import Deadline
-from rewriter.tune.effects import effects, gradients
+from rewriter.tune.effects import effects, gradients, losses
 from rewriter.tune.record import Ledger, Progress, Record, digest_of
 from rewriter.tune.slots import Switches, detached
 
@@ -31,6 +32,8 @@ _MOST_SAMPLES = 2
 """Batches kept for fitting a learned variant at a site."""
 _MOST_BATCHES = 4
 """Batches on which effects are predicted."""
+_MOST_PLANTED = 2
+"""Texts on which the loss of recall is predicted."""
 
 
 def sampled(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -72,6 +75,22 @@ class Predictor:
                 if candidate.error < math.inf:
                     candidate.effects = [sum(column) / len(found) for column in zip(*(e for _, e in seen), strict=True)]
 
+    def recall(self, texts: Sequence[Batch], worth: float) -> None:
+        """Add to the effects what planted tokens lose, times `worth`: so much of the metric's drop is a nat of one."""
+        for number, text in enumerate(texts[:_MOST_PLANTED]):
+            if self.deadline.over():
+                return
+            self.progress("predict recall", number, _MOST_PLANTED)
+            found = self.measured(RECALL, text, 0, number)
+            if not found["gradients"]:
+                return
+            for path, choices in self.choices.items():
+                for index, candidate in enumerate(choices.others):
+                    for _, lost in found["sites"].get(path, {}).get(str(index), ()):
+                        if candidate.effects and lost:
+                            shares = zip(candidate.effects, lost, strict=True)
+                            candidate.effects = [own + worth * each / _MOST_PLANTED for own, each in shares]
+
     def measured(self, metric: Metric, batch: Batch, seed: int, number: int) -> dict[str, Any]:
         """What is seen on the batch of that number among those sampled, in the form of `_effects_on`."""
         named = {
@@ -107,7 +126,7 @@ class Predictor:
                 if not math.isfinite(error):
                     pairs.append([None, []])
                 elif gradient is not None and way_back is not None:
-                    shares = effects(gradient, made - out, site.kv_heads)
+                    shares = (losses if metric is RECALL else effects)(gradient, made - out, site.kv_heads)
                     pairs.append([error, [share / way_back[1] for share in shares]])
                 else:
                     pairs.append([error, [error**2 / site.kv_heads] * site.kv_heads])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter import probes
 from rewriter.backend import GraphRewriter, Inner
 from rewriter.calibration import batches_from, check_batches, split, with_rows
 from rewriter.capture import compiled
@@ -27,7 +28,7 @@ from rewriter.guard import (
     relative_rms,
 )
 from rewriter.instances import Names
-from rewriter.metrics import Batch, Metric, is_built_in, primary, resolve_metric, with_drop_type
+from rewriter.metrics import Batch, Metric, is_built_in, predicts_ids, primary, resolve_metric, with_drop_type
 from rewriter.plan import Plan
 from rewriter.report import Timing
 from rewriter.select import Selector, brief
@@ -39,10 +40,10 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate, medians, peak_memory
 from rewriter.tune.record import Ledger, Progress, Record, digest_of
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import Tuning, no_attention, size_of
+from rewriter.tune.search import Recall, Tuning, no_attention, size_of
 from rewriter.tune.slots import SlotRewriter
 from rewriter.variant import ORIGINAL
-from rewriter.verdict import Limits, Verdict, judge
+from rewriter.verdict import Check, Limits, Verdict, judge
 
 _SECONDS_END_TO_END = 20.0
 
@@ -129,13 +130,26 @@ class Prepared:
     device: str
     search_half: Sequence[Batch]
     held_out: Sequence[Batch]
+    planted: Sequence[Batch] | None
 
-    def scores_on(self, batches: Sequence[Batch]) -> Scores:
-        """The metric on some batches."""
+    def scores_on(self, batches: Sequence[Batch], metric: Metric | None = None) -> Scores:
+        """A metric, or that of the search, on some batches."""
         model, about = self.tuning.model, self.tuning.about
-        original = partial(unrouted, model)
-        fresh = self.request.fresh
-        return Scores(self.metric, model, batches, about, original=original, record=self.record, fresh=fresh)
+        return Scores(
+            metric or self.metric, model, batches, about, original=partial(unrouted, model), record=self.record,
+            fresh=self.request.fresh, kept=metric is not None or None,
+        )  # fmt: skip
+
+    def recall(self, plan: Any) -> Check | None:
+        """Whether what the model runs now, which `plan` names in plain values, recalls what the original does; None
+        where nothing is to be probed.
+        """
+        bound = self.request.limits.recall_drop
+        if not self.planted:
+            return None if self.planted is None else probes.said(bound, probes.TOO_SHORT)
+        self.request.progress("probe recall", 0, None)
+        scores = self.scores_on(self.planted, probes.RECALL)
+        return probes.judged(scores.original(), scores.of(plan), bound)
 
     def compared(self, plans: Sequence[Any], batch: Batch, measure: Callable[[], list[float]]) -> Sequence[float]:
         """What plans cost end to end, which are named in plain values. As all that decides, it is remembered; what a
@@ -168,10 +182,22 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
     metric = with_drop_type(metric, request.limits.drop_type)
     tuning.about, record.metric = [version(), fingerprint(model), _glance(primary(outputs))], metric.name
-    return Prepared(
+    is_language_model = causal and predicts_ids(search_half[0], outputs)
+    at = Prepared(
         request=request, record=record, tuning=tuning, through_slots=through_slots, metric=metric,
         dtype=primary(outputs).dtype, device=str(primary(outputs).device), search_half=search_half, held_out=held_out,
+        planted=_planted(held_out, is_language_model, request),
     )  # fmt: skip
+    limits = request.limits
+    if limits.recall_drop > 0 and (texts := _planted(search_half, is_language_model, request)):
+        tuning.recall = Recall(at.scores_on(texts, probes.RECALL), limits.max_drop / limits.recall_drop)
+    return at
+
+
+def _planted(batches: Sequence[Batch], is_language_model: bool, request: Request) -> list[Batch] | None:
+    """What recall is probed on; None where it is not."""
+    wanted = is_language_model and request.limits.recall_drop < 1
+    return probes.planted(batches, request.seed) if wanted else None
 
 
 def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
@@ -213,6 +239,8 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
         inexact = tuning.inexact(plan.solution)
         rules = {"worst_drop": request.limits.worst_drop, "tried": tried} if inexact else {"exact": dtype}
         verdict = judge(reference, found, request.max_drop, **rules) if found else None
+        if verdict is not None and verdict.held and inexact:
+            verdict = verdict.checked(at.recall(tuning.named(plan.solution)))
         tried += inexact
         if verdict is not None and not verdict.held:
             reason = verdict.reason or reason
@@ -265,11 +293,16 @@ def validated(model: nn.Module, plan: Plan, calibration: Iterable[Any], request:
     )
     check_repeats(metric, model, batches[0], primary(outputs).dtype)
     reference, kept = measure_original(metric, model, batches)
+    exact = plan.fidelity == "exact"
+    planted = _planted(batches, not exact and causal and predicts_ids(batches[0], outputs), request)
+    recalled = measure_original(probes.RECALL, model, planted)[0] if planted else None
     session = request.installed(model, Selector.replaying(plan))
     request.progress("check on held-out data", 0, None)
-    exact = plan.fidelity == "exact"
     rules = {"exact": primary(outputs).dtype} if exact else {"worst_drop": request.limits.worst_drop}
     verdict = judge(reference, evaluate(metric, model, batches, kept), request.max_drop, **rules)
+    if planted and recalled is not None:
+        found = evaluate(probes.RECALL, model, planted)
+        verdict = verdict.checked(probes.judged(recalled, found, request.limits.recall_drop))
     if not verdict.held:
         raise GuardError(f"the plan does not keep the bound on this model ({verdict}); tune it: optimize without plan")
     return request.finished(session, verdict, _timing(model, max(batches, key=size_of), request))

@@ -33,10 +33,11 @@ class Scores:
         original: Original,
         record: Record,
         fresh: bool = False,
+        kept: bool | None = None,
     ) -> None:
         self.metric, self.batches = metric, batches
         self._model, self._original, self._record = model, original, record
-        self.ledger = Ledger(about, fresh, kept=is_built_in(metric))
+        self.ledger = Ledger(about, fresh, kept=is_built_in(metric) if kept is None else kept)
         self._names = [digest_of(batch) for batch in batches]
         self._references: dict[int, Any] = {}
         self.seconds_a_batch = 0.0

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from rewriter import probes
 from rewriter.backend import GraphRewriter
 from rewriter.errors import CaptureError, NoAttentionError
 from rewriter.guard import Measurement, drop, evaluating
@@ -42,6 +43,26 @@ _FRONT = [10 ** (power / 3) for power in range(-6, 7)]
 """Budgets of the front, in multiples of the bound."""
 
 
+@dataclass(frozen=True)
+class Recall:
+    """What a search may lose of it. `weight` makes of a part of the gain what it is worth of the metric's drop: the one
+    bound over the other.
+    """
+
+    scores: Scores
+    weight: float
+
+    @property
+    def gain(self) -> float:
+        """Nats of the original."""
+        return probes.gain(self.scores.original())
+
+    def drop(self, plan: Any) -> float:
+        """What a plan, which the model runs now, loses, in the metric's drop."""
+        lost = probes.judged(self.scores.original(), self.scores.of(plan), math.inf).drop
+        return 0.0 if lost is None else self.weight * lost
+
+
 @dataclass
 class Tuning:
     """The state of one search on one model, whose calls run through slots while it lasts."""
@@ -59,6 +80,7 @@ class Tuning:
     """Measured drop over predicted drop, of the last plan that was tried."""
     corrections: dict[int, float] = field(default_factory=dict)
     """The same of single candidates, by their identity, beyond `scale`."""
+    recall: Recall | None = None
     accepted: list[Assembled] = field(default_factory=list)
     """Plans that kept the metric within the bound on the search half."""
 
@@ -93,8 +115,11 @@ class Tuning:
         self.record.pairs = sum(len(choices.measured) for choices in self.choices.values())
 
     def measure_effects(self, metric: Metric, batches: Sequence[Batch], seed: int) -> None:
-        """The local error of what is not exact, and its predicted effect on the metric."""
-        self.predictor().run(metric, batches, seed)
+        """The local error of what is not exact, and its predicted effect on the metric, and on recall."""
+        predictor = self.predictor()
+        predictor.run(metric, batches, seed)
+        if self.recall is not None and (gain := self.recall.gain) > 0:
+            predictor.recall(self.recall.scores.batches[::2], self.recall.weight / gain)
 
     def predictor(self) -> Predictor:
         """What predicts the effects of the choices as they are now."""
@@ -187,6 +212,8 @@ class Tuning:
         self.place(plan.solution)
         found = scores.of(self.named(plan.solution))
         measured = drop(scores.metric, original, found) if found is not None else math.inf
+        if self.recall is not None and measured <= margin:
+            measured = max(measured, self.recall.drop(self.named(plan.solution)))
         self.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= margin))
         if plan.predicted > 0:
             # What is better than the original says nothing of how errors add up, nor does what crashed.
