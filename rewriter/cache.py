@@ -14,6 +14,7 @@ import sys
 import tempfile
 from contextlib import closing, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 def remember(kind: str, place: str, value: Any) -> None:
     """Keep a value, plain as JSON is, for later processes. It is kept whole or, where the disk is full, not at all."""
     try:
-        _run("replace into remembered values (?, ?, ?)", kind, place, json.dumps(value))
+        text = json.dumps(value)
+        _run("replace into remembered values (?, ?, ?)", kind, place, f"{_digest(text)} {text}")
     except sqlite3.OperationalError as error:
         log.warning(f"A measurement could not be kept in {cache_dir() / _NAME} ({error}): it will be taken again.")
 
@@ -77,7 +79,17 @@ def recall(kind: str, place: str) -> Any:
     except sqlite3.OperationalError as error:
         log.warning(f"{cache_dir() / _NAME} could not be read ({error}): what it holds is measured again.")
         return None
-    return None if row is None else json.loads(row[0])
+    if row is None:
+        return None
+    known, _, text = str(row[0]).partition(" ")
+    if known != _digest(text):
+        log.warning(f"{cache_dir() / _NAME} holds a damaged {kind!r}: it is measured again.")
+        return None
+    return json.loads(text)
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def _run(statement: str, *values: str) -> Any:

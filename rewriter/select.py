@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,13 +356,22 @@ def _checked(region: Region, decision: Decision, standing: Implementation, goal:
 Built = tuple[Variant, Config, Implementation]
 
 
-def working(trial: SiteBench, found: Sequence[tuple[Variant, Config]], refused: dict[str, str]) -> list[Built]:
-    """The candidates that can be built and run here, and are exact if they say so. The others go to `refused`.
+def working(
+    trial: SiteBench,
+    found: Sequence[tuple[Variant, Config]],
+    refused: dict[str, str],
+    over: Callable[[], bool] = lambda: False,
+) -> list[Built]:
+    """The candidates that can be built and run here, and are exact if they say so. The others go to `refused`, as do
+    approximate ones that have not been tried when time is `over`.
 
     Nothing is timed before it is right.
     """
     built: list[Built] = []
     for variant, config in found:
+        if variant.fidelity != "exact" and over():
+            refused.setdefault(variant.name, "no time was left to try it")
+            continue
         try:
             implementation = variant.build(trial.site, config)
             if isinstance(implementation, nn.Module):

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_a_cache_of_an_earlier_version_is_ours(folder: Path) -> None:
         database.execute("create table remembered (kind, place, value, primary key (kind, place))")
         database.execute("insert into remembered values ('k', 'p', '5')")
     database.close()
-    assert recall("k", "p") == 5
+    assert recall("k", "p") is None, "its values had no digest"
+    remember("k", "p", 6)
+    assert recall("k", "p") == 6 and [path.name for path in folder.glob("*unusable*")] == []
 
 
 def test_a_folder_that_cannot_be_made(
@@ -179,3 +182,15 @@ def test_a_full_disk_while_writing(folder: Path) -> None:
     assert None in kept
     remember("k", "0", 1)
     assert (recall("k", "0"), recall("k", "before")) == (1, 5)
+
+
+@pytest.mark.parametrize("value", ['{"x": 1', "{}", "0123456789abcdef {}", ""])
+def test_a_damaged_value_is_measured_again(value: str, caplog: pytest.LogCaptureFixture) -> None:
+    remember("site", "here", {"candidates": []})
+    with closing(sqlite3.connect(cache_dir() / "measured.sqlite3")) as database, database:
+        database.execute("update remembered set value = ?", [value])
+    with caplog.at_level("WARNING"):
+        assert recall("site", "here") is None
+    assert "damaged" in caplog.text
+    remember("site", "here", [1])
+    assert recall("site", "here") == [1]

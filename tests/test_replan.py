@@ -179,6 +179,23 @@ def test_an_interrupted_search_gives_what_it_has(monkeypatch: pytest.MonkeyPatch
     assert rewriter.plan_of(model) is None and model._compiled_call_impl is None
 
 
+@pytest.mark.parametrize("stage", ["check on held-out data", "measure end to end"])
+def test_an_interrupted_check_gives_what_is_known_to_hold(stage: str) -> None:
+    def interrupted(said: str, done: int, total: int | None) -> None:
+        if said == stage:
+            raise KeyboardInterrupt
+
+    model = rewriter.optimize(Net().eval(), BATCHES, metric="cosine", max_drop=0.5, progress=interrupted)
+    report, plan = rewriter.report_of(model), rewriter.plan_of(model)
+    assert report is not None and plan is not None
+    assert any("stopped by hand" in note for note in report.notes)
+    if stage == "measure end to end":
+        assert report.verdict is not None and report.verdict.held and plan.fidelity == "approximate"
+    else:
+        assert report.verdict is None and plan.fidelity == "exact"
+    assert model(BATCHES[0]).isfinite().all() and rewriter.restore(model) is model
+
+
 def interrupted_at_once(*args: Any) -> Any:
     raise KeyboardInterrupt
 
@@ -202,7 +219,7 @@ def test_predictions_of_effects_are_close_where_they_are_small() -> None:
     plan = searched(pareto=True, max_drop=1e-3)
     assert plan.search is not None
     pairs = [(p["predicted"], p["measured"]) for p in plan.search["front"] if p["predicted"] and p["measured"]]
-    assert pairs and all(1 / 4 < predicted / measured < 4 for predicted, measured in pairs if measured < 1e-2)
+    assert pairs and all(1 / 4 < predicted / measured < 4 for predicted, measured in pairs if 1e-9 < measured < 1e-2)
 
 
 # --- plans elsewhere -------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ from rewriter.errors import OptionError
 from rewriter.guard import Measurement, drop, evaluate, measure_original
 from rewriter.metrics import BUILT_IN, Batch
 from rewriter.session import unrouted
+from rewriter.sources import version
 from rewriter.target import Target
 from rewriter.terminal import Advance
-from rewriter.tune.choices import version
 from rewriter.tune.record import Ledger
 from rewriter.variant import ORIGINAL
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from rewriter.plan import Tried
 from rewriter.region import Region
 from rewriter.select import WORTH_IT, candidates, working
 from rewriter.site import AttentionSite
+from rewriter.sources import version
 from rewriter.target import Target
 from rewriter.tune.measure import SiteBench
 from rewriter.tune.record import Ledger
@@ -152,9 +153,12 @@ class Workbench:
         site = region.match.site
         found, refused = self.candidates(region)
         named = [[variant.name, dict(config)] for variant, config in found]
-        budget = min(_SECONDS_A_KIND, max(seconds, 0.0))
+        end = time.monotonic() + seconds
         what = [region.identity(), named, self.goal]
-        facts = self.ledger(site.device).measured("site", what, lambda: self._measure(region, found, refused, budget))
+        hurried = seconds < _SECONDS_A_KIND  # what is measured in haste is not believed by those who have time
+        facts = self.ledger(site.device).measured(
+            "site", what, lambda: self._measure(region, found, refused, end), keep=not hurried
+        )
         built = [
             Candidate(variants()[name], config, _built(variants()[name], site, config), cost)
             for (name, config), cost in zip(facts["candidates"], facts["costs"][1:], strict=True)
@@ -162,14 +166,15 @@ class Workbench:
         return _choices(region, facts["costs"][0], built, dict(facts["refused"]), facts["split"])
 
     def _measure(
-        self, region: Region, found: Sequence[tuple[Variant, Config]], refused: dict[str, str], budget: float
+        self, region: Region, found: Sequence[tuple[Variant, Config]], refused: dict[str, str], end: float
     ) -> dict[str, object]:
         trial = SiteBench(region, {})  # at the size that the user's own data have
-        built = working(trial, found, refused)
+        exact_first = sorted(found, key=lambda pair: pair[0].fidelity != "exact")
+        built = working(trial, exact_first, refused, lambda: time.monotonic() > end)
         implementations = [implementation for _, _, implementation in built]
         exact = next((n for n, (variant, _, _) in enumerate(built) if variant.fidelity == "exact"), None)
         halved = _halved(trial.site, *built[exact][:2]) if exact is not None else None
-        costs = trial.compare([*implementations, *([halved] if halved else [])], goal=self.goal, budget=budget)
+        costs = trial.compare([*implementations, *([halved] if halved else [])], goal=self.goal, budget=_left(end))
         split = None
         if halved is not None and exact is not None:
             split = max(costs.pop() - costs[exact + 1], 0.0)
@@ -213,12 +218,8 @@ class Workbench:
         return self.ledgers[device]
 
 
-def version() -> str:
-    """Of this library."""
-    try:
-        return importlib.metadata.version("rewriter")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _left(end: float) -> float:
+    return min(_SECONDS_A_KIND, max(end - time.monotonic(), 0.0))
 
 
 def _halved(site: AttentionSite, variant: Variant, config: Config) -> Implementation | None:

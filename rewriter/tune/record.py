@@ -108,14 +108,14 @@ class Ledger:
     kept: bool = True
     known: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def measured(self, kind: str, what: Any, make: Callable[[], Any]) -> Any:
-        """The remembered value, plain as JSON is, or a new one."""
+    def measured(self, kind: str, what: Any, make: Callable[[], Any], *, keep: bool = True) -> Any:
+        """The remembered value, plain as JSON is, or a new one, which is left for the next run only if `keep`."""
         place = kind, digest([kind, *self.about, what])
         if place not in self.known:
             found = None if self.fresh or not self.kept else recall(*place)
             if found is None:
                 found = make()
-                if self.kept:
+                if self.kept and keep:
                     remember(*place, found)
             self.known[place] = found
         return self.known[place]

@@ -19,6 +19,7 @@ from rewriter.capture import compiled
 from rewriter.errors import CalibrationError, GuardError
 from rewriter.fingerprint import fingerprint
 from rewriter.guard import (
+    Measurement,
     check_repeats,
     evaluate,
     evaluating,
@@ -34,8 +35,10 @@ from rewriter.report import Timing
 from rewriter.select import Selector, brief
 from rewriter.session import Session, install, new_session, rerouted, route, uninstall, unrouted
 from rewriter.site import AttentionSite, Causal
+from rewriter.sources import version
+from rewriter.target import Target
 from rewriter.tune.assemble import Assembled
-from rewriter.tune.choices import Workbench, version
+from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate, medians, peak_memory
 from rewriter.tune.record import Ledger, Progress, Record, digest_of
@@ -159,7 +162,8 @@ class Prepared:
         if not isinstance(inner, str):
             return measure()
         what = [tuning.about, digest_of(batch), self.request.goal, inner, self.request.dynamic, plans]
-        found: list[float] = tuning.workbench.ledger(self.device).measured("end to end", what, measure)
+        unhurried = self.request.deadline.left > _SECONDS_END_TO_END
+        found: list[float] = tuning.workbench.ledger(self.device).measured("end to end", what, measure, keep=unhurried)
         return found
 
 
@@ -181,7 +185,7 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
     metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
     metric = with_drop_type(metric, request.limits.drop_type)
-    tuning.about, record.metric = [version(), fingerprint(model), _glance(primary(outputs))], metric.name
+    tuning.about, record.metric = [version(), fingerprint(model), *_machine(model, outputs)], metric.name
     is_language_model = causal and predicts_ids(search_half[0], outputs)
     at = Prepared(
         request=request, record=record, tuning=tuning, through_slots=through_slots, metric=metric,
@@ -203,8 +207,8 @@ def _planted(batches: Sequence[Batch], is_language_model: bool, request: Request
 def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
     """All training-free variants, and the learned ones that were asked for, under the guard."""
     at = prepared(model, calibration, request)
-    request, record, tuning, slots = at.request, at.record, at.tuning, at.tuning.slots
-    metric, dtype, search_half, held_out = at.metric, at.dtype, at.search_half, at.held_out
+    request, record, tuning = at.request, at.record, at.tuning
+    metric, dtype, search_half = at.metric, at.dtype, at.search_half
 
     def repeats() -> bool:
         check_repeats(metric, model, search_half[0], dtype)
@@ -212,7 +216,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
 
     Ledger(tuning.about, request.fresh, kept=is_built_in(metric)).measured("repeats", metric.name, repeats)
     request.progress("measure the original", 0, None)
-    on_search, on_held_out = at.scores_on(search_half), at.scores_on(held_out)
+    on_search, on_held_out = at.scores_on(search_half), at.scores_on(at.held_out)
     original, reference = on_search.original(), on_held_out.original()
 
     route(model, at.through_slots)
@@ -225,59 +229,80 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     except KeyboardInterrupt:
         request.deadline.stop()
         notes.append("the search was stopped by hand; this is the best that it had found")
-    tries, exact = tuning.tries(), tuning.solved(0.0)
     route(model, None)
+    session, verdict, timing = _best(at, on_search, original, on_held_out, reference, notes)
+    session.search = record.to_json()
+    session.report.notes += notes
+    return request.finished(session, verdict, timing)
 
+
+def _best(
+    at: Prepared,
+    on_search: Scores,
+    original: Measurement,
+    on_held_out: Scores,
+    reference: Measurement,
+    notes: list[str],
+) -> tuple[Session, Verdict | None, Timing | None]:
+    """The best plan that holds on held-out data and is faster as a whole, in place; else the original."""
+    request, tuning, slots, model = at.request, at.tuning, at.tuning.slots, at.tuning.model
+    tries, exact = tuning.tries(), tuning.solved(0.0)
     reason, tried = "nothing within the bound was faster", 0
-    for number, plan in enumerate(tries):
-        request.progress("check on held-out data", number, len(tries))
-        selector = _selector(tuning, plan, request)
-        if not (_changes(selector) or slots.sampled):
-            continue
-        session = request.installed(model, selector)
-        found = on_held_out.of(tuning.named(plan.solution))
-        inexact = tuning.inexact(plan.solution)
-        rules = {"worst_drop": request.limits.worst_drop, "tried": tried} if inexact else {"exact": dtype}
-        verdict = judge(reference, found, request.max_drop, **rules) if found else None
-        if verdict is not None and verdict.held and inexact:
-            verdict = verdict.checked(at.recall(tuning.named(plan.solution)))
-        tried += inexact
-        if verdict is not None and not verdict.held:
-            reason = verdict.reason or reason
-            if inexact:
-                notes.append(f"refused on held-out data: {verdict}")
-        elif verdict is not None:
-            batch = max(held_out, key=size_of)
-            plans = [plan, exact] if inexact else [plan]
-            costs = at.compared(
-                [tuning.named(each.solution) for each in plans],
-                batch,
-                partial(_compared, model, batch, request, [_selector(tuning, rival, request) for rival in plans[1:]]),
-            )
-            timing = _timed(batch, request, costs)
-            if min(costs) == costs[1]:
-                with evaluating(model):  # where the times are an earlier search's, nothing has run yet
-                    _runs(model, batch)[1]()
-                if request.pareto or inexact:
-                    with rerouted(model, at.through_slots):
-                        measured_on = (on_search, original) if request.pareto else (None, None)
-                        tuning.draw_front(request.max_drop, plan.solution, *measured_on)
-                session.search = record.to_json()
-                session.report.notes += notes
-                return request.finished(session, verdict, timing)
-            reason = "faster site by site, but not as a whole"
+    standing: tuple[Session, Verdict] | None = None
+    try:
+        for number, plan in enumerate(tries):
+            request.progress("check on held-out data", number, len(tries))
+            selector = _selector(tuning, plan, request)
+            if not (_changes(selector) or slots.sampled):
+                continue
+            session, inexact = request.installed(model, selector), tuning.inexact(plan.solution)
+            found = on_held_out.of(tuning.named(plan.solution))
+            rules = {"worst_drop": request.limits.worst_drop, "tried": tried} if inexact else {"exact": at.dtype}
+            verdict = judge(reference, found, request.max_drop, **rules) if found else None
+            if verdict is not None and verdict.held and inexact:
+                verdict = verdict.checked(at.recall(tuning.named(plan.solution)))
+            tried += inexact
+            if verdict is not None and not verdict.held:
+                reason = verdict.reason or reason
+                if inexact:
+                    notes.append(f"refused on held-out data: {verdict}")
+            elif verdict is not None:
+                standing = session, verdict
+                batch, plans = max(at.held_out, key=size_of), [plan, exact] if inexact else [plan]
+                rivals = [_selector(tuning, rival, request) for rival in plans[1:]]
+                names = [tuning.named(each.solution) for each in plans]
+                costs = at.compared(names, batch, partial(_compared, model, batch, request, rivals))
+                if min(costs) == costs[1]:
+                    with evaluating(model):  # where the times are an earlier search's, nothing has run yet
+                        _runs(model, batch)[1]()
+                    if request.pareto or inexact:
+                        with rerouted(model, at.through_slots):
+                            measured_on = (on_search, original) if request.pareto else (None, None)
+                            tuning.draw_front(request.max_drop, plan.solution, *measured_on)
+                    return session, verdict, _timed(batch, request, costs)
+                reason, standing = "faster site by site, but not as a whole", None
+            uninstall(model)
+    except KeyboardInterrupt:
+        if standing is not None:
+            notes.append("stopped by hand before it was timed as a whole; the plan holds its bounds on held-out data")
+            return *standing, None
+        notes.append("stopped by hand before a plan was checked on held-out data: only what is exact stands")
         uninstall(model)
+        selector = _selector(tuning, exact, request)
+        if tuning.inexact(exact.solution):  # something changed nothing on the data of the search
+            session = _given_up(model, request, selector, "nothing was checked")
+        else:
+            session = request.installed(model, selector)
+        return session, None, None
     selector = _selector(tuning, exact, request)
     selector.allowed = frozenset()
     session = _given_up(model, request, selector, f"no gain here: {reason}")
     _still_found(session, slots)
-    again = measure_original(metric, model, held_out)[0] if metric.score is None else reference
-    verdict = judge(reference, again, request.max_drop, exact=dtype)
+    again = measure_original(at.metric, model, at.held_out)[0] if at.metric.score is None else reference
+    verdict = judge(reference, again, request.max_drop, exact=at.dtype)
     if not verdict.held:
         raise GuardError(f"the metric does not repeat itself on the original model ({verdict}): make it deterministic")
-    session.search = record.to_json()
-    session.report.notes += notes
-    return request.finished(session, verdict)
+    return session, verdict, None
 
 
 def validated(model: nn.Module, plan: Plan, calibration: Iterable[Any], request: Request) -> Session:
@@ -313,6 +338,17 @@ def _selector(tuning: Tuning, plan: Assembled, request: Request) -> Selector:
     selector = Selector({d.path: d for d in decisions}, True, request.goal, request.allowed)
     selector.modules = tuning.modules(plan.solution)
     return selector
+
+
+def _machine(model: nn.Module, outputs: Any) -> list[Any]:
+    """What an answer depends on beside weights: their types, the device, versions, and what else only outputs show."""
+    types: dict[str, int] = {}
+    for parameter in model.parameters():
+        types[str(parameter.dtype)] = types.get(str(parameter.dtype), 0) + 1
+    output = primary(outputs)
+    target = Target.current(output.device).to_json()
+    del target["threads"]  # in how many parts a sum is taken is rounding
+    return [types, str(output.dtype), target, _glance(output)]
 
 
 def _glance(output: Tensor) -> list[float]:
