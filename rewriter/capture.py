@@ -21,7 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from rewriter.errors import CaptureError, RewriterError
-from rewriter.nodes import storage, written
+from rewriter.nodes import storage, value_of, written
 from rewriter.retrace import NotCallByCall, call_by_call, under_vmap, whole
 
 Graph = fx.GraphModule
@@ -122,6 +122,10 @@ def exported(program: torch.export.ExportedProgram) -> Graph:
         if not training or probability == 0:  # Re-tracing leaves it out; as a random operator it is never dead code.
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.type_as.default):  # as re-tracing does
+        source, other = (value_of(each) for each in node.all_input_nodes[:1] + node.all_input_nodes[-1:])
+        if source.device == other.device:
+            node.target, node.args = torch.ops.aten.to.dtype, (node.args[0], other.dtype)
     gm.graph.eliminate_dead_code()
     _forget_written_buffers(gm)
     gm.recompile()

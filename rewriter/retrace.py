@@ -29,12 +29,18 @@ class NotCallByCall(Exception):
 
 
 _ATEN = torch.ops.aten
-_REPLACED = WRITTEN_OUT | {
+REPLACED = WRITTEN_OUT | {
     _ATEN.view_as.default: lambda tensor, other: tensor.view(other.shape),
     _ATEN.reshape_as.default: lambda tensor, other: tensor.reshape(other.shape),
     _ATEN.expand_as.default: lambda tensor, other: tensor.expand(other.shape),
+    # It moves to the other's device, too, and then it stays as it is.
+    _ATEN.type_as.default: lambda tensor, other: (
+        tensor.to(other.dtype) if tensor.device == other.device else NotImplemented
+    ),
 }
-"""What has the shape of another tensor has nothing else of it: a bias does not come from the scores that it fits."""
+"""What has the shape or the type of another tensor has nothing else of it: a bias does not come from the scores that it
+fits.
+"""
 
 
 def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
@@ -43,7 +49,7 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
     def run(*inputs: Any) -> Any:
         return _Run(gm).run(*inputs)
 
-    traced = make_fx(run, pre_dispatch=True, decomposition_table=_REPLACED, _allow_non_fake_inputs=True)(*fakes)
+    traced = make_fx(run, pre_dispatch=True, decomposition_table=REPLACED, _allow_non_fake_inputs=True)(*fakes)
     held = [getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")]
     if any(isinstance(each, FakeTensor) for each in held):
         raise RuntimeError("a part of it was computed and not traced")
@@ -221,7 +227,7 @@ class _CallTracer:
             return node.target(*args, **kwargs)
 
         try:
-            traced = make_fx(run, pre_dispatch=True, decomposition_table=_REPLACED, _allow_non_fake_inputs=True)(*fresh)
+            traced = make_fx(run, pre_dispatch=True, decomposition_table=REPLACED, _allow_non_fake_inputs=True)(*fresh)
         except DataDependentOutputException as cause:
             # The value of a constant: fresh tensors lack it, and the graph as a whole has it.
             raise NotCallByCall(f"{node.target} reads the value of a tensor") from cause

@@ -25,6 +25,7 @@ from rewriter.guard import error, tolerance
 from rewriter.passes import Rewrite
 from rewriter.passes import rewritten as with_variants
 from rewriter.raising import Match
+from rewriter.retrace import REPLACED
 from rewriter.site import Causal, Full, Mask
 from rewriter.target import Target
 from rewriter.variant import variants
@@ -43,7 +44,9 @@ def captured(model: Callable[..., Any], *inputs: Tensor) -> Graph:
 
     flat = [*state.values(), *inputs]
     with mode, torch.fx.traceback.preserve_node_meta():
-        graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*map(mode.from_tensor, flat))
+        graph = make_fx(run, pre_dispatch=True, decomposition_table=REPLACED, _allow_non_fake_inputs=True)(
+            *map(mode.from_tensor, flat)
+        )
     graph.graph.eliminate_dead_code()
     for node, example in zip(graph.graph.find_nodes(op="placeholder"), flat, strict=True):
         node.meta["is_parameter"] = isinstance(example, nn.Parameter)

@@ -21,7 +21,7 @@ from rewriter.instances import Names
 from rewriter.lower import Lowered
 from rewriter.passes import Rewrite, rewritten
 from rewriter.select import Selector
-from rewriter.site import Causal, Full, Padding
+from rewriter.site import Causal, Dense, Full, Padding
 from rewriter.variant import variants
 
 EXACT = 10 * tolerance(torch.float32)  # Of a whole model: rounding adds up.
@@ -254,6 +254,65 @@ def test_state_is_no_constant_of_an_exported_program(kind: str, scale: float, fa
         model.number.data.fill_(0.7)
         held[0].data.fill_(0.7)
     assert error(graph(x), model(x)) <= EXACT
+
+
+class Called(nn.Module):
+    """One call of the fused operator, with a mask that is given or a causal one."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.project = causal, nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        seen = None if self.causal else mask
+        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=self.causal, scale=0.25)
+        return out.transpose(1, 2).flatten(2)
+
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_exported_and_decomposed(fused: bool, causal: bool) -> None:
+    """A program of core operators holds the kernel that the call chose on a CPU, or what that is written out."""
+    model, x, mask = Called(causal).eval().requires_grad_(False), torch.randn(2, 5, 16), torch.rand(5, 5) > 0.3
+    mask[:, 0] = True
+    table = torch.export.default_decompositions()
+    if fused:
+        table.pop(_FLASH.default)
+    program = torch.export.export(model, (x, mask)).run_decompositions(table)
+    assert bool(program.graph.find_nodes(op="call_function", target=_FLASH.default)) == fused
+    (site,) = rewriter.explain(program).sites
+    assert (site.heads, site.scale, site.mask) == (2, pytest.approx(0.25), Causal() if causal else Dense())
+    assert site.spelling == ("sdpa" if fused else "eager")
+    module = rewriter.optimize(program)
+    assert not module.graph.find_nodes(op="call_function", target=_FLASH.default)
+    assert error(module(x, mask), model(x, mask)) <= tolerance(torch.float32)
+
+
+def test_a_kernel_whose_logarithms_are_used() -> None:
+    """What a kernel returns beside the output is nothing that its replacement has."""
+
+    class Both(nn.Module):
+        def forward(self, q: Tensor) -> Any:
+            out, logarithms = _FLASH(q, q, q)
+            return out, logarithms
+
+    report = rewriter.explain(torch.export.export(Both(), (torch.randn(1, 2, 5, 8),)))
+    assert not report.sites
+    assert [refusal.reason for refusal in report.refusals] == ["more than the output of a kernel for attention is used"]
+
+
+def test_exported_cast_to_the_type_of_the_tokens() -> None:
+    class Cast(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
+            return ((q @ k.mT).double().softmax(-1).type_as(x) @ v).transpose(1, 2).flatten(2)
+
+    (site,) = check_export(Cast(), torch.randn(2, 5, 16))
+    assert site.softmax_dtype == "float64"
 
 
 def test_exported_masks_and_biases() -> None:
