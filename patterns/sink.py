@@ -5,6 +5,8 @@ scores of several sets of keys, whose weights are taken apart again.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -18,7 +20,7 @@ _ATEN = torch.ops.aten
 
 def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
     """cat of the scores and one column, in either order, or other scores; one column of zeros from `pad`; and the slice
-    that cuts it off.
+    or the part of a split that is without it.
     """
     if is_call(node, _ATEN.cat, _ATEN.concat):
         tensors = node.args[0]
@@ -50,10 +52,16 @@ def element(node: fx.Node) -> Step | tuple[Step, ...] | None:
         assert isinstance(source, fx.Node)
         axis = int(argument(node, "dim")) % value_of(source).dim()
         return Step("slice", source, axis=axis, number=0.0) if shape_of(source)[axis] != 1 else None
-    if is_call(node, _ATEN.slice) and unsliced(node) is node:
+    if (is_call(node, _ATEN.slice) and unsliced(node) is node) or is_call(node, _ATEN.narrow):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return Step("slice", source, axis=int(argument(node, "dim") or 0) % value_of(node).dim())
+    if node.target is operator.getitem and is_call(node.args[0], _ATEN.split, _ATEN.split_with_sizes, _ATEN.chunk):
+        split = node.args[0]
+        assert isinstance(split, fx.Node)
+        source = split.args[0]
+        assert isinstance(source, fx.Node)
+        return Step("slice", source, axis=int(argument(split, "dim") or 0) % value_of(source).dim())
     return None
 
 
@@ -70,5 +78,11 @@ PATTERN = Pattern(
     examples=(
         _with_sink,
         lambda q, k, v, mask: F.pad((q @ k.mT).masked_fill(~mask, -1e30), (1, 0)).softmax(-1)[..., 1:] @ v,
+        lambda q, k, v, mask: (
+            F.pad((q @ k.mT).masked_fill(~mask, -1e30), (0, 1)).softmax(-1).narrow(-1, 0, k.shape[-2]) @ v
+        ),
+        lambda q, k, v, mask: (
+            F.pad((q @ k.mT).masked_fill(~mask, -1e30), (1, 0)).softmax(-1).split([1, k.shape[-2]], -1)[1] @ v
+        ),
     ),
 )

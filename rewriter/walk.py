@@ -135,7 +135,7 @@ def _both_from_data(contraction: Contraction) -> bool:
 def _down(node: fx.Node, way: Way, seen: set[fx.Node]) -> Iterator[Product]:
     if len(way) > _LONGEST:
         return
-    for user in node.users:
+    for user in _users(node):
         # A product that is spelled as a multiplication and a sum is seen at the sum.
         for end in (user, *user.users):
             contraction = product(end)
@@ -153,6 +153,12 @@ def _down(node: fx.Node, way: Way, seen: set[fx.Node]) -> Iterator[Product]:
                 if step.source is node:
                     yield from _down(user, (*way, (user, step)), seen)
                     break
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a tensor; the parts of a split each by itself."""
+    for user in node.users:
+        yield from user.users if isinstance(user.meta.get("val"), (list, tuple)) else (user,)
 
 
 def _last(node: fx.Node) -> fx.Node:
