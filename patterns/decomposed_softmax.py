@@ -1,5 +1,6 @@
 """Softmax written out: exp(s - max) / sum(exp(s - max)), perhaps without the maximum, perhaps with 1 more in the sum
-("softmax1", Miller 2023, "Attention is off by one"), perhaps with a mask over the exponentials."""
+("softmax1", Miller 2023, "Attention is off by one"), perhaps with a mask over the exponentials, which may be
+a softmax already."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from torch import fx
 
 from rewriter.nodes import argument, constant, is_call, value_of
 from rewriter.pattern import Normaliser, Pattern, Step
+from rewriter.twins import are_twins
 
 _ATEN = torch.ops.aten
 
 
 def normaliser(node: fx.Node) -> Normaliser | None:
-    """e / e.sum(axis, keepdim=True) with e = exp(scores)."""
+    """e / e.sum(axis, keepdim=True) with e = exp(scores), or a softmax, which is in proportion to them."""
     if is_call(node, _ATEN.exp):
         return _by_logarithm(node) or _divided_later(node)
     if not is_call(node, _ATEN.div, _ATEN.true_divide) or len(node.args) != 2:
@@ -37,7 +39,7 @@ def normaliser(node: fx.Node) -> Normaliser | None:
         assert isinstance(total, fx.Node)
         left, right = total.args[:2]
         total, other = (left, right) if is_call(left, _ATEN.sum) else (right, left)
-        one_more = _is_one(other, power)
+        one_more = is_call(power, _ATEN.exp) and _is_one(other, power)
         if not one_more:
             edit = "epsilon"
     if not is_call(total, _ATEN.sum):
@@ -45,18 +47,23 @@ def normaliser(node: fx.Node) -> Normaliser | None:
     assert isinstance(total, fx.Node)
     axes, keeps = argument(total, "dim"), argument(total, "keepdim")
     summed = total.args[0]
-    again = is_call(summed, _ATEN.exp) and summed.all_input_nodes == weights.all_input_nodes  # type: ignore[union-attr]
-    if not (summed is weights or again) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+    assert isinstance(summed, fx.Node)
+    if not are_twins(summed, weights) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
         return None
-    scores = power.all_input_nodes[0]
+    scores, axis, inner = power.all_input_nodes[0], int(axes[0]), None
+    if not is_call(power, _ATEN.exp):
+        inner, rank = power, value_of(power).dim()
+        if int(argument(power, "dim")) % rank != axis % rank:
+            return None
     if one_more and is_call(scores, _ATEN.sub):  # the 1 was shifted too, as exp(-max)
         scores = scores.all_input_nodes[0]
-    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, zero_sink=one_more, hidden=hidden, edit=edit)
+    dtype = value_of(node).dtype
+    return Normaliser(scores, axis, dtype=dtype, zero_sink=one_more, hidden=hidden, edit=edit, inner=inner)
 
 
 def _exponential(node: Any, depth: int = 0) -> tuple[fx.Node, tuple[tuple[fx.Node, Step], ...], str] | None:
-    """The exponential that these were, what was hidden of it, and an edit that is no hiding."""
-    if is_call(node, _ATEN.exp):
+    """The exponential or the softmax that these were, what was hidden of it, and an edit that is no hiding."""
+    if is_call(node, _ATEN.exp, _ATEN.softmax, _ATEN._softmax, _ATEN._safe_softmax):
         return node, (), ""
     for source, hiding in _hidings(node) if depth < _MOST_MASKS else ():
         if (found := _exponential(source, depth + 1)) is not None:
@@ -152,6 +159,11 @@ def _hidden_after(how: int) -> Callable[..., torch.Tensor]:
     return example
 
 
+def _hidden_after_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    p = (q @ k.mT * 0.3).softmax(-1)
+    return (p * mask / (p * mask).sum(-1, keepdim=True)) @ v
+
+
 def _by_logsumexp(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     s = q @ k.mT * 0.3  # a row that is hidden altogether would sum to the number of keys
     return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
@@ -166,6 +178,7 @@ PATTERN = Pattern(
         _written(0.3, True, True),
         _written(0.3, False, True),
         _by_logsumexp,
+        _hidden_after_softmax,
         *map(_hidden_after, range(4)),
     ),
 )

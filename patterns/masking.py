@@ -65,9 +65,8 @@ def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step 
         # The same number for all keys: it matters to weights that are not normalised.
         number = constant(right)
         return Step("shift", left, number=alpha * number) if number is not None else None
-    if both and alpha == 1:
-        return Step("add", left, right), Step("add", right, left)
-    return Step("add", left, right, alpha)
+    first, second = Step("add", left, right, alpha), Step("add", right, left, factor=alpha)
+    return (first, second) if both else first
 
 
 PATTERN = Pattern(
@@ -76,6 +75,9 @@ PATTERN = Pattern(
     examples=(
         lambda q, k, v, mask: torch.softmax(q @ k.mT + torch.where(mask, 0.0, -1e30).to(q.dtype), -1) @ v,
         lambda q, k, v, mask: torch.softmax(torch.where(mask, 0.0, -1e30).to(q.dtype) + q @ k.mT, -1) @ v,
+        lambda q, k, v, mask: (
+            torch.softmax(torch.add(torch.where(mask, 0.0, -1e30).to(q.dtype), q @ k.mT, alpha=0.3), -1) @ v
+        ),
         lambda q, k, v, mask: torch.softmax(torch.where(mask, q @ k.mT, -1e30), -1) @ v,
         lambda q, k, v, mask: torch.softmax((q @ k.mT).masked_fill(~mask, torch.finfo(q.dtype).min), -1) @ v,
     ),

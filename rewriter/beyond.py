@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from rewriter.axes import Atom, Layout, Placed, backward, refined, shape_of
+from rewriter.axes import Atom, Layout, Placed, backward, fresh, refined, shape_of
 from rewriter.facts import HIDDEN, Op, Operand, Reading
-from rewriter.nodes import above, is_call
+from rewriter.nodes import above, depends_on_data, is_call, values_of
+from rewriter.pattern import Contraction, ask
 from rewriter.walk import step_at
 
 
@@ -56,37 +58,55 @@ def made_from(node: fx.Node, source: fx.Node | None) -> bool:
     """Is `source` among what this node was computed from?"""
     assert source is not None
     # Nothing above the source in the graph can be made from it.
-    return any(each is source for each in above(node, lambda each: not each < source, sources=_values))
-
-
-def _values(node: fx.Node) -> list[fx.Node]:
-    """What a node has its values from."""
-    kept = 1 if is_call(node, *_SHAPED) else 0 if is_call(node, *_FILLED) else None
-    return node.all_input_nodes[:kept]
+    return any(each is source for each in above(node, lambda each: not each < source, sources=values_of))
 
 
 def _over_channels(reading: Reading) -> bool:
-    """Do the scores compare channels, the axis that a projection made, instead of tokens?"""
-    return all(
-        set(refined(own)) and set(refined(own)) <= set(_projected(side))
-        for own, side in ((reading.rows, reading.query), (reading.columns, reading.key))
-    )
+    """Do the scores compare channels, the axis that a linear layer made, instead of tokens?"""
+    made = [list(itertools.islice(_projected(side), 2)) for side in (reading.query, reading.key)]
+    sides = [
+        bool(own) and set(refined(own)) <= (each[0] if each else set())
+        for own, each in zip((reading.rows, reading.columns), made, strict=True)
+    ]
+    # Fewer keys made by a layer over the tokens are keys: their width is the channels, and comes from a layer as well.
+    return all(sides) or (any(sides) and not set(refined(reading.width)) & set().union(*itertools.chain(*made)))
 
 
-def _projected(side: Operand) -> Iterator[Atom]:
-    """The atoms on the axis that the projection of an operand made."""
+def _projected(side: Operand) -> Iterator[set[Atom]]:
+    """The atoms on the axis that the projection of an operand made, that of the projection above it, and so on."""
     node, layout = side.node, side.placed.layout
-    for _ in range(16):
-        if is_call(node, _ATEN.linear, _ATEN.addmm, _ATEN.mm):
-            yield from refined(layout[-1])
-            return
-        if is_call(node, *_CONVOLUTIONS):
-            yield from refined(layout[1])
-            return
-        found = _before(node, layout)
+    for _ in range(24):
+        layer = _layer(node, layout)
+        if layer is not None:
+            yield layer[2]
+        found = layer[:2] if layer is not None else _before(node, layout)
         if found is None:
             return
         node, layout = found
+
+
+def _layer(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout, set[Atom]] | None:
+    """What a linear layer is of, its axes, and the atoms that it made."""
+    if is_call(node, *_CONVOLUTIONS):
+        source = node.all_input_nodes[0]
+        # Where a map keeps its size, its places stay what they are.
+        sizes = zip(layout, fresh(source), shape_of(node), shape_of(source), strict=True)
+        kept = [own if after == before else new for own, new, after, before in sizes]
+        return source, (kept[0], *fresh(source)[1:2], *kept[2:]), set(refined(layout[1]))
+    if is_call(node, _ATEN.linear, _ATEN.addmm):
+        source = node.all_input_nodes[0 if is_call(node, _ATEN.linear) else 1]
+        return source, (*layout[:-1], *fresh(source)[-1:]), set(refined(layout[-1]))
+    contraction: Contraction | None = ask("contraction", node)
+    if contraction is None or depends_on_data(contraction.left) == depends_on_data(contraction.right):
+        return None
+    source, names = contraction.left, contraction.left_labels
+    if depends_on_data(contraction.right):
+        source, names = contraction.right, contraction.right_labels
+    if names[-1] in contraction.out_labels:  # over another axis than the last it is a mixture of tokens
+        return None
+    placed = dict(zip(contraction.out_labels, layout, strict=True))
+    axes = tuple(placed.get(name) or own for name, own in zip(names, fresh(source), strict=True))
+    return source, axes, {atom for name, axis in placed.items() if name not in names for atom in refined(axis)}
 
 
 def _before(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
@@ -121,7 +141,4 @@ def _part(source: fx.Node, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layo
 
 
 _ATEN = torch.ops.aten
-_SHAPED = _ATEN.view_as, _ATEN.reshape_as, _ATEN.expand_as, _ATEN.type_as
-_FILLED = _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.new_zeros, _ATEN.new_ones
-"""What asks other tensors, or all tensors, for their shapes and types alone."""
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d)

@@ -22,7 +22,7 @@ from rewriter.biases import Bias, Term, read_bias, terms
 from rewriter.capture import Graph, frame_path, site_path, source_line
 from rewriter.facts import HIDDEN, Op, Reading
 from rewriter.masks import MaskReading, Tokens, placed_again, read_mask
-from rewriter.nodes import comes_from_product, fixed, is_parameter, mark_data, value_of
+from rewriter.nodes import comes_from_product, depends_on_data, fixed, is_parameter, mark_data, value_of
 from rewriter.operands import is_changed
 from rewriter.pattern import Call, Normaliser, ask
 from rewriter.proof import Proof
@@ -79,6 +79,8 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None, *, observe: bool =
         if isinstance(match, SampledMatch):
             found.sampled.append(match)
         elif isinstance(match, Match) and (match.output, match.reading.weights) not in taken:
+            if (part := taken.pop((match.output, match.reading.inner), None)) is not None:
+                found.kept.remove(part)  # more was done to its weights, and so it is none of the matches
             taken[match.output, match.reading.weights] = match
             (found.kept if match.site.edits else found.matches).append(match)
         elif isinstance(match, Refusal):
@@ -173,6 +175,11 @@ class _Detector:
             return Refusal(f"queries, keys and values of types {query.dtype}, {key.dtype} and {value.dtype}")
         if any(is_parameter(side.node) for side in (reading.key, reading.value)):
             return Refusal("the keys or values are parameters, which makes this a linear layer")
+        # Keys and values are of the same things. Weights over what no data went into are those of a router; places that
+        # no data went into are averaged by weights over a map.
+        if depends_on_data(reading.key.node) != depends_on_data(reading.value.node):
+            fixed_side, other = ("keys", "values") if depends_on_data(reading.value.node) else ("values", "keys")
+            return Refusal(f"the {fixed_side} are the same for all inputs, and the {other} are not")
         roles = reading.roles()
         _fix(roles.query_heads + roles.width + roles.value_width, reading)
         heads, kv_heads = _count(roles.query_heads), _count(roles.heads)

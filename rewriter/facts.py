@@ -114,6 +114,8 @@ class Reading:
     """What the proof has to decide: taken for no change, and an edit otherwise."""
     product: fx.Node | None = None
     weights: fx.Node | None = None
+    inner: fx.Node | None = None
+    """A softmax that is a part of the weights, and was read by itself before."""
     spelling: str = "eager"
 
     @property

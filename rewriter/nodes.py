@@ -24,6 +24,9 @@ _BARRIERS = (
     _ATEN.linear, _ATEN.addmm, _ATEN.embedding, _ATEN.softmax, _ATEN.layer_norm, _ATEN.native_layer_norm,
     _ATEN.convolution, _ATEN.conv2d, _ATEN.conv1d, _ATEN.scaled_dot_product_attention, _ATEN.rms_norm,
 )  # fmt: skip
+_SHAPED = _ATEN.view_as, _ATEN.reshape_as, _ATEN.expand_as, _ATEN.type_as
+_FILLED = _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.new_zeros, _ATEN.new_ones
+"""What asks other tensors, or all tensors, for their shapes and types alone."""
 _HARMLESS = (_ATEN.detach_.default, _ATEN.requires_grad_.default)
 
 
@@ -170,6 +173,12 @@ def is_parameter(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
 
 
+def values_of(node: fx.Node) -> list[fx.Node]:
+    """What a node has its values from, and not only its shape or type."""
+    kept = 1 if is_call(node, *_SHAPED) else 0 if is_call(node, *_FILLED) else None
+    return node.all_input_nodes[:kept]
+
+
 def mark_data(graph: fx.Graph) -> None:
     """Note at every node whether its value depends on what the model is called with, beyond sizes and weights."""
     for node in graph.nodes:
@@ -177,7 +186,7 @@ def mark_data(graph: fx.Graph) -> None:
             is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
             node.meta["from_data"] = is_tensor and not (node.meta.get("is_parameter") or node.meta.get("is_buffer"))
         else:
-            node.meta["from_data"] = any(source.meta.get("from_data") for source in node.all_input_nodes)
+            node.meta["from_data"] = any(source.meta.get("from_data") for source in values_of(node))
 
 
 def depends_on_data(node: fx.Node) -> bool:

@@ -67,7 +67,7 @@ class Step:
     view      the axes move: `view`
     scale     times `number`
     shift     plus `number`
-    add       plus `number` times `tensor`
+    add       `factor` times it, plus `number` times `tensor`
     mul, div  times `tensor`, or divided by it
     keep      where the bool `tensor` is False, `number` instead
     drop      where the bool `tensor` is True, `number` instead
@@ -86,6 +86,7 @@ class Step:
     source: fx.Node
     tensor: fx.Node | None = None
     number: float = 1.0
+    factor: float = 1.0
     view: View | None = None
     axis: int | None = None
     name: str = ""
@@ -96,7 +97,7 @@ class Step:
 class Normaliser:
     """weights = normalise(scores) along `axis`. With `zero_sink` the sum has one more term, exp(0). `hidden` are scores
     whose exponentials were made 0: nodes, and steps of the kinds keep and drop. An `edit` says what the canonical
-    operator does not do in this way.
+    operator does not do in this way. `inner` is a softmax that is a part of this one.
     """
 
     scores: fx.Node
@@ -106,6 +107,7 @@ class Normaliser:
     zero_sink: bool = False
     hidden: tuple[tuple[fx.Node, Step], ...] = ()
     edit: str = ""
+    inner: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import fx
 from rewriter.axes import Atom, Axis, Layout, Placed, broadcast, expanded, forward, fresh, fresh_axes, refined, shape_of
 from rewriter.beyond import drop_shifts, made_from, outside
 from rewriter.facts import HIDDEN, Op, Operand, Reading
+from rewriter.masks import read_mask
 from rewriter.nodes import constant, value_of
 from rewriter.operands import is_changed, strip, unexpanded
 from rewriter.pattern import Call, Contraction, Normaliser, Step
-from rewriter.site import Refusal
+from rewriter.site import Dense, Refusal
 from rewriter.twins import are_twins
 from rewriter.walk import Product, Way, described
 
@@ -171,7 +172,7 @@ class _Scores(_Carried):
         return self.take(way)
 
     def _take(self, node: fx.Node, step: Step) -> Refusal | None:
-        if (self.sink is not None or self.zero_sink) and step.kind not in ("same", "add"):
+        if (self.sink is not None or self.zero_sink) and (step.kind not in ("same", "add") or step.factor != 1):
             return Refusal(f"the scores and their sink are changed together at {described(node)}")
         if step.kind in ("scale", "shift"):
             self.ops.append(Op(step.kind, step.number))
@@ -231,6 +232,8 @@ class _Scores(_Carried):
             return Refusal(f"a mask over the scores and their sink at {described(node)}")
         self.layout = frame
         kind = step.kind
+        if step.factor != 1:
+            self.ops.append(Op("scale", step.factor))
         if kind == "add" and constant(step.tensor) == 0 and not is_changed(step.tensor):
             return None
         assert kind in ("add", "mul", "div", "keep", "drop")
@@ -363,8 +366,6 @@ class _Weights(_Carried):
             known = {*query.atoms, *key.atoms, *value.atoms}
             alone = [axis for axis in self.frame if axis and not set(refined(axis)) & known]
             rows = refined(alone[-1]) if alone else ()
-        if any(set(refined(mixed)) & (set(rows) | set(columns)) for mixed in self.mixed):
-            return Refusal("a linear layer over the queries or keys of the scores")
         reading = Reading(
             query=Operand("query", query),
             key=Operand("key", key),
@@ -386,11 +387,41 @@ class _Weights(_Carried):
             doubts=self.doubts,
             product=scores.product,
             weights=self.node,
+            inner=self.normaliser.inner,
         )
+        if rows and len(own) > 1 and not one_row:
+            alone = [tuple(atom for atom in refined(axis) if atom in mine) for axis in own]
+            reading.rows = _rows_of_masks(reading, alone) or rows
+        if any(set(refined(mixed)) & (set(reading.rows) | set(columns)) for mixed in self.mixed):
+            return Refusal("a linear layer over the queries or keys of the scores")
         strip(reading)
         drop_shifts(reading)
         reading.edits = list(dict.fromkeys([*reading.edits, *outside(reading)]))
         return reading
+
+
+def _rows_of_masks(reading: Reading, own: list[Axis]) -> Axis:
+    """The axis of the queries, of several that keys and values lack, where masks tell it. They stand last by default,
+    and before the heads in layouts with tokens first. What hides keys differs from query to query; a bias may as well
+    differ from head to head.
+    """
+    columns = set(refined(reading.columns))
+    masks = [op for op in reading.ops if op.kind in ("keep", "drop", "add") and op.tensor is not None]
+
+    def tells(axis: Axis) -> bool:
+        rows, others = set(refined(axis)), {atom for each in own if each is not axis for atom in refined(each)}
+        roles = replace(reading, rows=refined(axis)).roles()
+        return any(
+            columns & set(tensor.atoms)
+            and rows & set(tensor.atoms)
+            and not others & set(tensor.atoms)
+            and (value_of(tensor.node).dtype == torch.bool or read_mask(tensor, roles, factor=number).mask != Dense())
+            for tensor, number in ((op.tensor, op.number) for op in masks)
+            if tensor is not None
+        )
+
+    found = next((axis for axis in own[:-1] if tells(axis)), ())
+    return refined(found) if found and not tells(own[-1]) else ()
 
 
 def _has_lone_axis(own: tuple[object, ...], other: tuple[object, ...], labels: dict[object, Axis]) -> bool:

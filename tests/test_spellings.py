@@ -187,6 +187,12 @@ SCALES: Group = {
     "a square root of the scale on both": a(
         lambda q, k, v: mixed((q * math.sqrt(DEFAULT)) @ (k.mT * math.sqrt(DEFAULT)), v), scale=DEFAULT
     ),
+    "added to the mask": a(
+        lambda q, k, v: mixed(torch.add(torch.full((S, S), -INF).triu(1), q @ k.mT, alpha=0.3), v),
+        SAME,
+        scale=0.3,
+        mask=Causal(),
+    ),
     "on all three": a(lambda q, k, v: mixed((q * 0.5) @ (k / 4).mT * 0.1, v), scale=0.0125),
     "none": a(lambda q, k, v: mixed(q @ k.mT, v), scale=1.0),
     "another number": a(lambda q, k, v: mixed(q @ k.mT * 0.0883, v), scale=0.0883),
@@ -473,7 +479,37 @@ def indexed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain(q, k[:, index], v[:, index])
 
 
+def tokens_before_heads(alibi: bool) -> Callable[..., Tensor]:
+    """Keys that all heads share, and scores (B, S, H, T): in which the mask has the axis of the queries."""
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bshc,btc->bsht", q, k) * DEFAULT
+        scores = scores + torch.arange(S) * torch.tensor([[0.5], [0.25], [0.125]]) if alibi else scores
+        mask = torch.full((S, S), -INF).triu_(1).unsqueeze(1)
+        return torch.einsum("bsht,btc->bshc", (scores + mask).softmax(-1), v)
+
+    return compute
+
+
+def shared_with_slopes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys that all heads share, and a bias of head and key alone: which is no reason to take heads for queries."""
+    bias = torch.arange(S) * torch.tensor([[0.5], [0.25], [0.125], [0.0625]])[:, None]
+    return mixed(torch.einsum("bhsd,btd->bhst", q, k) * DEFAULT + bias, v[:, None])
+
+
+def shared_keys(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
+    """Queries of this shape, and keys and values that all heads share."""
+    return lambda b: tuple(torch.randn(b, *each, requires_grad=True) for each in (shape, (S, 8), (S, 8)))
+
+
 SHARING: Group = {
+    "tokens before heads": a(
+        tokens_before_heads(False), shared_keys(S, 3, 8), heads=3, kv_heads=1, q_len=S, mask=Causal(), bias="none"
+    ),
+    "tokens before heads, with slopes": a(
+        tokens_before_heads(True), shared_keys(S, 3, 8), heads=3, kv_heads=1, q_len=S, mask=Causal(), taken=None
+    ),
+    "slopes of the heads": a(shared_with_slopes, shared_keys(4, S, 8), heads=4, kv_heads=1, q_len=S, mask=Full()),
     "none": a(plain, heads=4, kv_heads=4),
     "repeat_kv": a(repeat_kv, SHARED, heads=4, kv_heads=2),
     "repeat_interleave": a(
@@ -565,6 +601,13 @@ def over_channels(x: Tensor, temperature: Tensor, weight: Tensor) -> Tensor:
     return (weights @ v).permute(0, 3, 1, 2).reshape(x.shape[0], -1, 32)
 
 
+def over_channels_of_product(x: Tensor, w: Tensor) -> Tensor:
+    """DaViT."""
+    q, k, v = (x @ w).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    weights = ((k * DEFAULT).mT @ v).softmax(-1)
+    return (weights @ q.mT).mT.transpose(1, 2).flatten(2)
+
+
 BEFORE: Group = {
     "keys mixed over tokens": a(
         lambda q, k, v, e: plain(q, e @ k, e @ v), more(CROSS, learned(3, T)), q_len=S, kv_len=3, scale=DEFAULT
@@ -572,6 +615,21 @@ BEFORE: Group = {
     "keys around each block": a(halo, qkv(length=9, kv_length=9), q_len=3, kv_len=5, scale=DEFAULT),
     "channels for tokens": kept(
         over_channels, more(tokens(T, 32), learned(4, 1, 1), learned(96, 32)), edits=names("over_channels")
+    ),
+    "channels for tokens, by a product": kept(
+        over_channels_of_product, more(tokens(T, 32), learned(32, 96)), edits=names("over_channels")
+    ),
+    "channels for tokens, by einsum": kept(
+        lambda x, w: plain(*torch.einsum("bse,ef->bfs", x, w).chunk(3, 1)), more(tokens(S, 8), learned(8, 24)),
+        edits=names("over_channels"),
+    ),
+    "channels for tokens, on one side": kept(
+        lambda x, w: plain((x @ w).mT, x.mT, x.mT), more(tokens(S, 8), learned(8, 8)), edits=names("over_channels")
+    ),
+    "keys mixed over tokens by a linear layer": a(
+        lambda x, w, e: plain(x @ w, *(F.linear((x @ w).mT, e).mT,) * 2),
+        more(tokens(T, 8), learned(8, 8), learned(3, T)),
+        q_len=T, kv_len=3,
     ),
     "rope by halves": a(lambda q, k, v: plain(rope_halves(q), rope_halves(k), v), heads=4, scale=DEFAULT),
     "rope by pairs": a(lambda q, k, v: plain(rope_pairs(q), rope_pairs(k), v), heads=4, scale=DEFAULT),
@@ -1078,6 +1136,12 @@ def safe(s: Tensor) -> Tensor:
     return torch.where((s == -INF).all(-1, keepdim=True), torch.zeros_like(s), s.softmax(-1))
 
 
+def mixed_tokens(x: Tensor, w: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    """Attention of one head whose tokens are at hand where the weights are made."""
+    q, k, v = (x @ w).chunk(3, -1)
+    return weigh(q @ k.mT * DEFAULT) @ v
+
+
 def exports_guard(s: Tensor) -> Tensor:
     """What the exporters to ONNX write."""
     weights = s.softmax(-1)
@@ -1145,6 +1209,11 @@ NORMALISERS: Group = {
     "module": a(normalised(nn.Softmax(dim=-1)), normaliser="softmax"),
     "in float32": a(normalised(lambda s: s.softmax(-1, dtype=torch.float32).to(s.dtype)), normaliser="softmax"),
     "cast to float64": a(normalised(lambda s: s.double().softmax(-1).type_as(s)), softmax_dtype="float64"),
+    "cast to the type of the tokens": a(
+        lambda x, w: mixed_tokens(x, w, lambda s: s.double().softmax(-1).type_as(x)),
+        more(tokens(S, 8), learned(8, 24)),
+        softmax_dtype="float64",
+    ),
     "queries and keys cast": a(
         lambda q, k, v: (q.double() @ k.double().mT).softmax(-1).to(v.dtype) @ v, taken=None, normaliser="softmax"
     ),
@@ -1190,6 +1259,12 @@ NORMALISERS: Group = {
     "a column of zeros in front": a(
         normalised(lambda s: torch.cat([torch.zeros_like(s[..., :1]), s], -1).softmax(-1)[..., 1:]), sink="zero"
     ),
+    "a column of zeros, the rest narrowed": a(
+        normalised(lambda s: torch.cat([s, torch.zeros_like(s[..., :1])], -1).softmax(-1).narrow(-1, 0, T)), sink="zero"
+    ),
+    "a column of zeros, split off": a(
+        normalised(lambda s: F.pad(s, (0, 1)).softmax(-1).split([T, 1], -1)[0]), sink="zero"
+    ),
     "a learned column": a(
         lambda q, k, v, t: column(q @ k.mT * DEFAULT, t) @ v, more(CROSS, learned(4)), sink="learned", scale=DEFAULT
     ),
@@ -1232,8 +1307,17 @@ NORMALISERS: Group = {
         weighed(lambda p, g: p * g.sigmoid()), more(CROSS, lambda b: torch.randn(b, 4, S, 1)),
         edits=names("weights_scaled"),
     ),
-    "renormalised after a mask": kept(
-        weighed(lambda p, m: (p * m) / (p * m).sum(-1, keepdim=True)), MASKED, edits=names("renormalised")
+    "renormalised after a mask": a(
+        weighed(lambda p, m: (p * m) / (p * m).sum(-1, keepdim=True)), MASKED, mask=Dense(), scale=DEFAULT
+    ),
+    "renormalised after a causal mask": a(
+        weighed(lambda p: (p := p.masked_fill(~tril(S), 0)) / p.sum(-1, keepdim=True)), SAME, mask=Causal()
+    ),
+    "renormalised after a mask and a little more": kept(
+        weighed(lambda p, m: (p := p * m) / (p.sum(-1, keepdim=True) + 1e-9)), MASKED, edits=names("epsilon")
+    ),
+    "renormalised over the queries": kept(
+        weighed(lambda p, m: (p := p * m) / p.sum(-2, keepdim=True)), MASKED, edits=names("renormalised")
     ),
     "exponentials times a mask": a(exponentials(torch.mul), MASKED, mask=Dense(), scale=DEFAULT),
     "exponentials times numbers of a mask": a(exponentials(lambda e, m: m.float() * e), MASKED, mask=Dense()),
@@ -1476,6 +1560,21 @@ LATENT: Group = {
 TOKENS = tokens(6, 8)
 
 
+def of_experts(gate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A mixture of experts by weights of a gate that is computed from parameters."""
+
+    def compute(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
+        return torch.einsum("bse,bsef->bsf", gate(x, w).softmax(-1), torch.einsum("bsd,edf->bsef", x, experts))
+
+    return compute
+
+
+def mean_place(x: Tensor, w: Tensor) -> Tensor:
+    """Where in a map of 3 x 2 the products with learned points are large."""
+    places = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(2.0), indexing="ij"), -1).flatten(0, 1)
+    return (w.sin() @ x.mT).softmax(-1) @ places
+
+
 def alike(compute: Callable[..., Any], inputs: Any = TOKENS) -> Any:
     """An entry without an attention."""
     return a(compute, inputs, sites=0)
@@ -1536,9 +1635,18 @@ def outlook(x: Tensor, w: Tensor) -> Tensor:
     return ((x @ w).softmax(-1).unsqueeze(2) @ around).squeeze(2)
 
 
+EXPERTS = more(TOKENS, learned(8, 4), learned(4, 8, 8))
 LOOK_ALIKES: Group = {
     "outlook": alike(outlook, more(TOKENS, learned(8, 3))),
     "router": alike(router, more(TOKENS, learned(8, 4), learned(4, 8, 8))),
+    "router, its gate scaled": alike(of_experts(lambda x, w: x @ (w * 0.5)), EXPERTS),
+    "router, by cosines": alike(
+        of_experts(lambda x, w: F.normalize(x, dim=-1) @ F.normalize(w, dim=0) * 5.0), EXPERTS
+    ),
+    "learned neighbours": alike(
+        lambda x, e, f: (e.tanh() @ f.tanh().T).softmax(-1) @ x, more(TOKENS, learned(6, 3), learned(6, 3))
+    ),
+    "a mean of places": alike(mean_place, more(TOKENS, learned(4, 8))),
     "router of the best": alike(top_router, more(TOKENS, learned(8, 4), learned(4, 8, 8))),
     "classifier": alike(lambda x, w, u: (x @ w).softmax(-1) @ u, more(TOKENS, learned(8, 5), learned(5, 3))),
     "squeeze and excitation": alike(squeeze_excite, more(TOKENS, learned(8, 2), learned(2, 8))),
