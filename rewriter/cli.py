@@ -116,7 +116,7 @@ def convert(
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> Document:
-    """Write a faster checkpoint, no less accurate than the bound allows."""
+    """Write a faster checkpoint, no less accurate than the bound allows; exact without --calibration or --plan."""
     import rewriter
     from rewriter.convert import check_output, load_target, read_calibration, write
     from rewriter.report.tables import outcome, print_report

@@ -42,7 +42,8 @@ DTYPE = Annotated[Dtype | None, typer.Option(help="Load the weights in this type
 MAX_DROP = Annotated[str, typer.Option(help="How much accuracy may fall: 1% or 0.01; with 0 only exact variants.")]
 SEED = Annotated[int, typer.Option(help="Of everything random.")]
 CALIBRATION = Annotated[
-    str | None, typer.Option(help=".txt, .jsonl or .pt file, or package.module:function; without it, exact only.")
+    str | None,
+    typer.Option(help=".txt, .jsonl or .pt file, or package.module:function: data like those the model will see."),
 ]
 METRIC = Annotated[
     str | None, typer.Option(help="A built-in metric, or package.module:name of a (function, direction) pair.")
@@ -62,7 +63,8 @@ RECALL_DROP = Annotated[
 RESUME = Annotated[bool, typer.Option("--resume/--fresh", help="Believe what earlier runs measured, or measure anew.")]
 
 RAY = Annotated[
-    str | None, typer.Option(help="Measure ahead on the nodes of the Ray cluster at this address; needs rewriter[ray].")
+    str | None,
+    typer.Option(help="Measure ahead on the nodes of the Ray cluster at this address; needs rewriter\\[ray]."),
 ]
 
 

@@ -60,6 +60,31 @@ def read(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(f"the plan {file} is damaged or foreign: {cause}") from None
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raises OutputError unless a plan can be written there, which is tried, and replaces nothing but a plan."""
+    file = _file(path)
+    if file.exists():
+        try:
+            read(file)
+        except PlanError as error:
+            raise OutputError(f"{file} exists and is not a plan: name another file") from error
+    beside = _beside(file)
+    try:
+        beside.touch(exist_ok=False)
+        beside.unlink()
+    except OSError as cause:
+        raise _unwritable(file, cause) from cause
+
+
+def _beside(file: Path) -> Path:
+    """A place for what becomes this file when it is whole."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _unwritable(file: Path, cause: OSError) -> OutputError:
+    return OutputError(f"{file} cannot be written ({cause.strerror}); choose another place")
+
+
 def _file(path: str | os.PathLike[str]) -> Path:
     found = Path(path)
     return found / FILE if found.is_dir() else found
@@ -78,7 +103,7 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
     written: dict[Path, Path] = {}
     try:
         for file, data in files.items():
-            written[file] = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+            written[file] = _beside(file)
             with written[file].open("xb") as out:
                 out.write(data)
                 out.flush()
@@ -86,7 +111,7 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
         for file, temporary in written.items():
             temporary.replace(file)
     except OSError as cause:
-        raise OutputError(f"{file} cannot be written ({cause.strerror}); choose another place") from cause
+        raise _unwritable(file, cause) from cause
     finally:
         for temporary in written.values():
             temporary.unlink(missing_ok=True)

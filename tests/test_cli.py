@@ -144,6 +144,19 @@ def test_tune_writes_a_plan_and_nothing_else(zoo: Path, run: Callable[..., Ran])
     assert status == 0 and out["guard"]["held"]
 
 
+def test_a_plan_may_be_written_into_a_folder(zoo: Path, run: Callable[..., Ran]) -> None:
+    for _ in range(2):
+        status, out, _ = run(*TUNE, "--out", "full", "--json")
+        assert status == 0 and out["out"] == "full/rewriter_plan.json"
+    assert {path.name for path in (zoo / "full").iterdir()} == {"file", "rewriter_plan.json"}
+
+
+def test_what_is_in_brackets_is_shown(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = run("tune", "--help")
+    assert status == 0 and "rewriter[ray]" in out and "exact only" not in out
+
+
 def test_a_dry_run_measures_and_writes_nothing(
     zoo: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +247,9 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "output not empty": (("convert", "cli_zoo:attention", "--out", "full"), "is not empty"),
     "output is a file": (("convert", "cli_zoo:attention", "--out", "empty.txt"), "is a file"),
     "no data to tune on": (("tune", "cli_zoo:attention"), "needs --calibration"),
-    "no folder for the plan": ((*TUNE, "--out", "gone/p.json"), "there is no folder"),
+    "no folder for the plan": ((*TUNE, "--out", "gone/p.json"), "gone/p.json cannot be written (No such file"),
+    "a place that takes no plan": ((*TUNE, "--out", "/proc/p.json"), "/proc/p.json cannot be written"),
+    "no such metric in a dry run": ((*TUNE, "--dry-run", "--metric", "beauty"), "no metric 'beauty'"),
     "what is no plan in the way": ((*TUNE, "--out", "cli_zoo.py"), "is not a plan"),
     "to revalidate nothing": ((*ATTENTION, "--revalidate"), "--plan"),
     "no target": (("explain",), "TARGET"),

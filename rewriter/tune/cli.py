@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rewriter.errors import OptionError, OutputError, PlanError
+from rewriter.errors import OptionError
 from rewriter.options import (
     CALIBRATION,
     DEVICE,
@@ -37,7 +37,7 @@ from rewriter.terminal import JSON, Document, progress, stdout
 def tune(
     target: TARGET,
     calibration: CALIBRATION = None,
-    out: Annotated[Path, typer.Option(help="The plan to write; one that is there is replaced.")] = Path(
+    out: Annotated[Path, typer.Option(help="The plan to write, or its folder; one that is there is replaced.")] = Path(
         "rewriter_plan.json"
     ),
     max_drop: MAX_DROP = "1%",
@@ -61,6 +61,7 @@ def tune(
     """Search for the fastest plan within a bound on accuracy. Ctrl-C ends the search with the best so far."""
     import rewriter
     from rewriter.convert import load_target, read_calibration
+    from rewriter.planfile import check_place
     from rewriter.report.tables import outcome, print_report
     from rewriter.tune.deadline import Deadline
     from rewriter.tune.rehearsal import rehearsed
@@ -72,13 +73,21 @@ def tune(
         raise OptionError("what --ray measures reaches the search through the cache, which --fresh does not believe")
     limits = Limits.checked(max_drop, drop_type, worst_drop, recall_drop)
     budget, names = seconds(time_budget), variant_names(variants)
-    _check_plan(out)
+    check_place(out)
     with progress() as advance:
         advance("loading", 0, None)
         loaded = load_target(target, length=length, dtype=dtype_of(dtype), device=device, seed=seed)
         batches, notes = read_calibration(calibration, loaded, length)
         if dry_run:
-            found = rehearsed(loaded.model, batches, goal=goal.value, variants=names, seed=seed, progress=advance)
+            found = rehearsed(
+                loaded.model,
+                batches,
+                goal=goal.value,
+                variants=names,
+                metric=metric_of(metric),
+                seed=seed,
+                progress=advance,
+            )
         else:
             if ray is not None:
                 from rewriter.tune.spread import Order, measure_ahead
@@ -121,22 +130,9 @@ def tune(
     report, plan = rewriter.report_of(model), rewriter.plan_of(model)
     assert report is not None and plan is not None
     report.notes[:0] = [*loaded.notes, *notes]
-    plan.save(out)
+    out = plan.save(out)
     if not as_json:
         console = stdout()
         print_report(report, console)
         console.print(f"\n{outcome(report)} The plan is in {out}.", soft_wrap=True)
     return report.to_json() | {"out": str(out), "outcome": outcome(report)}
-
-
-def _check_plan(out: Path) -> None:
-    """Raises OutputError where a plan cannot be written or would replace something else: not after hours of search."""
-    from rewriter.plan import Plan
-
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"there is no folder {out.absolute().parent} for the plan: make it, or name another")
-    if out.exists():
-        try:
-            Plan.load(out)
-        except PlanError as error:
-            raise OutputError(f"{out} exists and is not a plan: name another file") from error

@@ -11,8 +11,11 @@ from torch import nn
 from rewriter.backend import check_goal, check_variants
 from rewriter.calibration import batches_from, check_batches, split, with_rows
 from rewriter.capture import compiled
+from rewriter.guard import outputs_of
 from rewriter.instances import Names
+from rewriter.metrics import resolve_metric
 from rewriter.session import rerouted
+from rewriter.site import Causal
 from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress, Record
@@ -54,6 +57,7 @@ def rehearsed(
     *,
     goal: str = "latency",
     variants: Iterable[str] | None = None,
+    metric: Any = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Rehearsal:
@@ -66,6 +70,8 @@ def rehearsed(
     tuning = Tuning(model, slots, goal, workbench, Deadline(None), progress, Record())
     with rerouted(model, compiled(model, slots)):
         tuning.capture(searched)
+    causal = any(site.mask.has(Causal) for site in slots.sites.values())
+    resolve_metric(metric, searched[0], outputs_of(model, searched[0], 0), causal=causal)
     found = [workbench.candidates(region)[0] for region in slots.regions.values()]
     original = len(searched) + len(held_out)
     effects = 2 * min(len(searched), 4)
