@@ -24,6 +24,7 @@ from rewriter.target import Target
 from rewriter.variant import Config, variants
 
 FORMAT = 2
+GOALS = ("latency", "memory")
 FILE = "rewriter_plan.json"
 """The plan's name in a folder."""
 
@@ -102,7 +103,8 @@ class Decision:
         return {k: plain(v) for k, v in facts.items()}
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of this library."""
     try:
         return importlib.metadata.version("rewriter")
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +140,7 @@ class Plan:
     search: Mapping[str, Any] | None = None
     timings: tuple[Mapping[str, Any], ...] = ()
     created: str = field(default_factory=_now)
-    rewriter: str = field(default_factory=_version)
+    rewriter: str = field(default_factory=own_version)
     format: int = FORMAT
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 

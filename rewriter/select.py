@@ -16,11 +16,12 @@ from rewriter import debug
 from rewriter.errors import OptionError, PlanError
 from rewriter.guard import error, tolerance
 from rewriter.mixture import ByHeads, ByLength, Outside, of_heads
-from rewriter.plan import FIDELITIES, Decision, HeadGroup, Plan
+from rewriter.plan import FIDELITIES, GOALS, Decision, HeadGroup, Plan, own_version
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
 from rewriter.sampled import SampledMatch
 from rewriter.sampling import sampled, samples_for
+from rewriter.settings import known_settings, wrong_setting
 from rewriter.site import POSITIONAL, AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import brute_force, inputs
@@ -70,6 +71,7 @@ class Selector:
         decisions = {decision.path: decision for decision in plan.decisions}
         here = Target.current(str(plan.target.get("device", "cpu"))).to_json()
         changed = [name for name, value in here.items() if plan.target.get(name) != value]
+        changed += ["rewriter"] if plan.rewriter != own_version() else []
         made = Selector(decisions, decide_unknown=False, goal=plan.goal, state=plan.state, doubted=bool(changed))
         if changed:
             made.note(f"the plan was made elsewhere ({', '.join(changed)} differ), so its decisions were timed again")
@@ -217,11 +219,20 @@ def variant_named(name: str) -> Variant:
 
 
 def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
-    """A plan or its file, whose variants are all installed and what it says they are. Raises PlanError."""
+    """A plan or its file that makes sense: its variants are installed, are what it says they are and have the settings
+    that it gives them. Raises PlanError.
+    """
     if isinstance(plan, (str, os.PathLike)):
         plan = Plan.load(plan)
     if not isinstance(plan, Plan):
         raise OptionError(f"plan is a rewriter.Plan or the path of its file, not a {type(plan).__name__}")
+    if plan.goal not in GOALS:
+        raise PlanError(f"the plan is for the goal {plan.goal!r:.40}, not one of {', '.join(GOALS)}; tune again")
+    device = plan.target.get("device", "cpu")
+    try:
+        torch.device(device if isinstance(device, str) else "")
+    except RuntimeError as cause:
+        raise PlanError(f"the plan was made for {device!r:.40}, which is no device; tune again") from cause
     for decision in plan.decisions:
         fidelity = max((variant_named(name).fidelity for name in decision.named), key=FIDELITIES.index)
         if decision.variant != ORIGINAL and fidelity != decision.fidelity:
@@ -234,7 +245,32 @@ def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
                 f"the plan runs {decision.otherwise} at {decision.path} where nothing was measured, and "
                 "it is not exact; tune again"
             )
+        prefix = module_name(decision.path) + "."
+        fitted = plan.guard is None or any(name.startswith(prefix) for name in plan.state)
+        if decision.fidelity == "learned" and not fitted:
+            raise PlanError(f"the plan has no parameters for {decision.variant} at {decision.path}; tune again")
+    for decision in {(d.site, d.variant, str(d.config), str(d.heads)): d for d in plan.decisions}.values():
+        _check_settings(decision)
     return plan
+
+
+def _check_settings(decision: Decision) -> None:
+    where = f"the plan's decision at {decision.path or '<root>'}"
+    groups = decision.heads or (HeadGroup(heads=(), variant=decision.variant, config=decision.config),)
+    try:
+        site = AttentionSite.parse(decision.site, decision.path)
+        target = Target.current(site.device)
+        known = [known_settings(variant_named(group.variant), site, target) for group in groups]
+    except Exception as error:
+        raise PlanError(f"{where} is for {decision.site!r:.40}, which is no attention; tune again") from error
+    heads = sorted(head for group in decision.heads for head in group.heads)
+    if heads and (len(heads) != site.kv_heads or heads != list(range(len(heads)))):
+        raise PlanError(f"{where} does not hold each of its {site.kv_heads} heads once; tune again")
+    if heads and (decision.config or decision.fidelity == "learned"):
+        raise PlanError(f"{where} has settings or a learned variant, which heads that differ cannot have; tune again")
+    for group, settings in zip(groups, known, strict=True):
+        if wrong := wrong_setting(group.config, settings):
+            raise PlanError(f"{where} cannot be taken: {group.variant} {wrong}; tune again")
 
 
 def brief(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from rewriter.plan import Plan
 from rewriter.report.candidates import candidates
 from rewriter.tune import measure, run
 from rewriter.tune.measure import SiteBench
-from rewriter.variant import variants
+from rewriter.variant import Variant, variants
 
 WIDTH = 16
 
@@ -765,7 +765,7 @@ def test_a_site_that_the_plan_does_not_fit_runs_its_original_code() -> None:
     assert report is not None and any("sliding_window does not apply" in note for note in report.notes)
 
 
-def test_a_plan_that_names_what_is_not_there() -> None:
+def test_a_plan_that_names_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net().eval()
     plan = rewriter.plan_of(rewriter.optimize(copy.deepcopy(model), example=data()))
     assert plan is not None
@@ -774,13 +774,20 @@ def test_a_plan_that_names_what_is_not_there() -> None:
     cases = {
         "not installed": dataclasses.replace(first, variant="unheard"),
         "calls sliding_window": dataclasses.replace(first, variant="sliding_window"),  # and exact
-        "cannot be built": dataclasses.replace(first, variant="linear", fidelity="learned", site="nonsense"),
+        "'nonsense', which is no attention": dataclasses.replace(first, site="nonsense"),
+        "sliding_window has no window of 'wide'": dataclasses.replace(
+            first, variant="sliding_window", fidelity="approximate", config={"window": "wide", "sinks": 4}
+        ),
     }
     for words, decision in cases.items():
         with pytest.raises(PlanError, match=words) as told:
             rewriter.apply(model, dataclasses.replace(plan, decisions=(decision, second)))
         assert "\n" not in str(told.value) and same(before, state_of(model))
-    odd = dataclasses.replace(first, variant="sliding_window", fidelity="approximate", config={"window": "wide"})
+    # Settings that fit the variant and not this site are told at the call.
+    monkeypatch.setattr(Variant, "takes", lambda self, site, target: True)
+    odd = dataclasses.replace(
+        first, variant="halo", fidelity="approximate", config={"block": "3x8", "halo": "2x3", "border": "shift"}
+    )
     rewriter.apply(model, dataclasses.replace(plan, decisions=(odd, second)))
     model(data(600))
     report = rewriter.report_of(model)

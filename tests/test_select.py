@@ -16,13 +16,14 @@ from rewriter.capture import exported
 from rewriter.detect import detect
 from rewriter.errors import OptionError, PlanError
 from rewriter.kernels.exact.sdpa import VARIANT as SDPA
-from rewriter.plan import Decision, Plan
+from rewriter.plan import MIXED, Decision, HeadGroup, Plan
 from rewriter.raising import Match
 from rewriter.region import Region
 from rewriter.select import Selector, bench, candidates, decide_exact, fits, module_name, read_plan
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Padding, SlidingWindow
 from rewriter.target import Target
 from rewriter.tune.measure import SiteBench
+from rewriter.variant import Config
 
 SITE = AttentionSite(
     path="a.b", heads=4, kv_heads=2, head_dim=8, v_head_dim=8, dtype="float32", scale=0.5, mask=Causal(),
@@ -301,3 +302,94 @@ def test_plans_are_checked_before_use(tmp_path: Any) -> None:
         read_plan(tmp_path / "nothing.json")
     with pytest.raises(OptionError, match="not a list"):
         read_plan([])  # type: ignore[arg-type]
+    for facts, words in (
+        ({"goal": "beauty"}, "goal 'beauty', not one of latency, memory"),
+        ({"target": {"device": "abacus"}}, "'abacus', which is no device"),
+        ({"target": {"device": 3}}, "3, which is no device"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            read_plan(dataclasses.replace(good, **facts))
+    with pytest.raises(PlanError, match="'heads=two', which is no attention"):
+        read_plan(plan(decision(site="heads=two")))
+
+
+WINDOW = {"variant": "sliding_window", "fidelity": "approximate"}
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        f"window {window!r:.9}": (
+            {**WINDOW, "config": {"window": window, "sinks": 4}}, f"sliding_window has no window of {window!r:.40};"
+        )
+        for window in (-5, 0, 10**30, 1.5, float("nan"), True, "128", "wide")
+    },
+    "sinks": ({**WINDOW, "config": {"window": 128, "sinks": -4}}, "has no sinks of -4"),
+    "nothing": ({**WINDOW, "config": {}}, "needs a setting 'window'"),
+    "one": ({**WINDOW, "config": {"window": 128}}, "needs a setting 'sinks'"),
+    "unknown": ({**WINDOW, "config": {"window": 128, "sinks": 4, "x": 1}}, "no setting 'x'; it has window, sinks"),
+    "none": ({"config": {"x": 1}}, "sdpa has no setting 'x'; it has none"),
+    "text": (
+        {"variant": "linear", "fidelity": "learned", "config": {"feature_map": "xx"}}, "no feature_map of 'xx'"
+    ),
+    "shape": (
+        {"variant": "neighborhood", "fidelity": "approximate", "config": {"window": "8y8"}}, "no window of '8y8'"
+    ),
+    "truth": (
+        {"variant": "axial", "fidelity": "approximate", "config": {"axis": 0, "causal": 1}}, "no causal of 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_no_variant_has(case: str) -> None:
+    facts, words = SETTINGS[case]
+    with pytest.raises(PlanError, match=words) as told:
+        read_plan(plan(decision(**facts)))
+    assert "\n" not in str(told.value)
+
+
+def test_settings_that_a_variant_shows() -> None:
+    for name, variant in rewriter.variants().items():
+        for case in variant.cases:
+            for config in case.configs or variant.configs(case.site, TARGET):
+                chosen = decision(site=case.site.key(), variant=name, fidelity=variant.fidelity, config=config)
+                read_plan(plan(chosen))
+    others = {
+        "sliding_window": {"window": 77, "sinks": 0}, "sale": {**dict(config_of("sale")), "tau": 1},
+        "neighborhood": {"window": "16x3x4", "stride": 2}, "axial": {"axis": 1, "causal": False},
+        "block_sparse": {"mask": "share_question", "documents": "1,2,3,4,5", "seed": 0},
+    }  # fmt: skip
+    for name, config in others.items():
+        read_plan(plan(decision(variant=name, fidelity="approximate", config=config)))
+
+
+def config_of(name: str) -> Config:
+    return next(iter(rewriter.variants()[name].configs(SITE, TARGET)))
+
+
+def test_heads_of_a_plan_are_those_of_the_site() -> None:
+    def mixed(*heads: tuple[int, ...], **facts: Any) -> Plan:
+        groups = tuple(HeadGroup(heads=each, variant="sdpa") for each in heads)
+        return plan(decision(variant=MIXED, heads=groups, **facts))
+
+    read_plan(mixed((0,), (1,)))
+    for heads in (((0,),), ((0,), (0,)), ((0,), (1, 2)), ((0, 1), (1,))):
+        with pytest.raises(PlanError, match="does not hold each of its 2 heads once"):
+            read_plan(mixed(*heads))
+    with pytest.raises(PlanError, match="heads that differ cannot have"):
+        read_plan(mixed((0,), (1,), config={"window": 3}))
+
+
+def test_a_measured_plan_has_its_parameters() -> None:
+    fitted = decision(variant="linear", fidelity="learned", config={"feature_map": "hedgehog"})
+    read_plan(plan(fitted))  # by hand, to be fitted
+    measured = dataclasses.replace(plan(fitted), guard={"held": True})
+    with pytest.raises(PlanError, match=r"no parameters for linear at a\.b"):
+        read_plan(measured)
+    read_plan(dataclasses.replace(measured, state={"a__b.query_map": torch.ones(1)}))
+
+
+def test_a_plan_of_another_version_is_checked_again() -> None:
+    (match,) = matches(Attention(), 600)
+    made = plan(decision(path=match.site.path, site=match.site.key()))
+    assert not Selector.replaying(made).doubted
+    selector = Selector.replaying(dataclasses.replace(made, rewriter="0.0.0"))
+    assert selector.doubted and "(rewriter differ)" in selector.notes[0]
