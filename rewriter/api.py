@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,16 +14,18 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter.backend import GraphRewriter, Inner, check_goal, check_variants, inner_compiler
+from rewriter.calibration import batches_from, check_batches
 from rewriter.capture import capture_errors, compiled, exported
 from rewriter.detect import detect
 from rewriter.errors import OptionError
+from rewriter.guard import outputs_of
 from rewriter.instances import Names
 from rewriter.metrics import Metric
 from rewriter.passes import Rewrite, rewritten
-from rewriter.plan import Plan, check_model
+from rewriter.plan import Plan, check_guard, check_model
 from rewriter.report import Report
 from rewriter.select import Selector, read_plan
-from rewriter.session import adopt, install, new_session, route, session_of, uninstall
+from rewriter.session import Session, adopt, install, new_session, route, session_of, uninstall
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress
 from rewriter.tune.run import Request, tuned, untuned, validated
@@ -93,7 +96,7 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise OptionError(f"optimize takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
     if plan is not None and calibration is None:
-        return apply(model, plan, inner=inner, dynamic=dynamic)
+        return _replayed(model, plan, example, inner=inner, dynamic=dynamic)
     request = Request(
         goal=goal,
         allowed=allowed,
@@ -114,6 +117,7 @@ def optimize(
                 given = read_plan(plan)
                 check_model(given, model, check_weights=False)
                 session = validated(model, given, calibration, request)
+                session.search = given.search
             elif calibration is not None:
                 session = tuned(model, calibration, request)
             else:
@@ -195,24 +199,46 @@ def apply(
     """Rewrite `model` in place as a plan says, without any search. Returns the same object.
 
     Sites that are not in the plan, and calls that it was not made for, run their original code; the report says so.
-    Raises PlanError for a damaged plan, one for another model, or (with `check_weights`) an inexact one for other
-    weights.
+    Raises PlanError for a damaged plan, one for another model, (with `check_weights`) an inexact one for other weights,
+    and one whose decisions the guard did not measure or did not find within the bound.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"a plan is applied to a torch.nn.Module, not to a {type(model).__name__}")
     _check_options(None, inner, dynamic, None)
     plan = read_plan(plan)
+    check_guard(plan)
     before = uninstall(model)
     try:
-        check_model(plan, model, check_weights=check_weights)
-        session = new_session(model, GraphRewriter(Selector.replaying(plan), inner=inner), plan.goal, dynamic)
-        session.guard = dict(plan.guard) if plan.guard is not None else None
+        found = check_model(plan, model, check_weights=check_weights)
+        if found["weights"] != plan.model["weights"]:
+            plan = dataclasses.replace(plan, guard=None)  # it measured the answers of other weights
+        rewriter = GraphRewriter(Selector.replaying(plan), inner=inner)
+        session = Session(rewriter=rewriter, goal=plan.goal, given=plan, fingerprint=found, dynamic=dynamic)
         install(model, session)
     except BaseException:
         if before is not None and session_of(model) is None:
             install(model, before)
         raise
     session.strict = False
+    return model
+
+
+def _replayed(model: M, plan: Plan | str | os.PathLike[str], example: Any, **options: Any) -> M:
+    """The plan applied; with an example it runs once, so that the report tells what of the plan fits this model."""
+    before = session_of(model)
+    apply(model, plan, **options)
+    if example is None:
+        return model
+    try:
+        with _unchanged(model):
+            (batch,) = batches_from([example])
+            check_batches(model, [batch])
+            outputs_of(model, batch, 0)
+    except BaseException:
+        uninstall(model)
+        if before is not None:
+            install(model, before)
+        raise
     return model
 
 

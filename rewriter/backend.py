@@ -119,7 +119,9 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any =
     if unknown:
         raise OptionError(f"unknown options {sorted(unknown)}; known: inner, plan, goal, variants")
     if given.get("plan") is not None:
-        chooser = Selector.replaying(read_plan(given["plan"]))
+        plan = read_plan(given["plan"])
+        check_guard(plan)
+        chooser = Selector.replaying(plan)
     else:
         goal, allowed = check_goal(given.get("goal", "latency")), check_variants(given.get("variants"))
         chooser = Selector(goal=goal, allowed=allowed)

@@ -6,7 +6,9 @@ The parameters of learned variants stand beside the JSON in a safetensors file o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, variants
 
-FORMAT = 2
+FORMAT = 3
 GOALS = ("latency", "memory")
 FILE = "rewriter_plan.json"
 """The plan's name in a folder."""
@@ -115,7 +117,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-_HEAD = ("format", "rewriter", "created", "goal", "target", "model", "guard", "timings", "search")
+_HEAD = ("format", "rewriter", "created", "goal", "target", "model", "guard", "judged", "timings", "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ class Plan:
     model    `fingerprint(model)`
     goal     what was made small: "latency" or "memory"
     guard    the verdict on held-out data (`Verdict.to_json()`), None without calibration data
+    judged   `decided(decisions)` of the decisions that the guard measured: changed by hand they are others
     search   how it was found (`Search.to_json()` of rewriter.tune.record), None where nothing was searched
     timings  original and result end to end (`Timing.to_json()`)
     created  when, ISO 8601
@@ -137,6 +140,7 @@ class Plan:
     model: Mapping[str, Any]
     goal: str
     guard: Mapping[str, Any] | None = None
+    judged: str = ""
     search: Mapping[str, Any] | None = None
     timings: tuple[Mapping[str, Any], ...] = ()
     created: str = field(default_factory=_now)
@@ -221,6 +225,12 @@ class Plan:
         return "\n".join(lines)
 
 
+def decided(decisions: Sequence[Decision]) -> str:
+    """A hash of what decisions do; what is said about them does not count."""
+    facts = [dataclasses.replace(d, reason="", evidence={}, refused={}, tried=()).to_json() for d in decisions]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 def called(variant: str, config: Config) -> str:
     """`window(size=256)`."""
     settings = ", ".join(f"{k}={v}" for k, v in sorted(config.items()))
@@ -247,9 +257,25 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> None:
-    """Raises PlanError where the plan is not for this model: another structure, or, when the plan holds decisions that
-    are not exact, other weights (their effect on the accuracy was measured on those).
+_MEASURE = "tune again, or have it measured with optimize(model, calibration, plan=plan) or convert --revalidate"
+
+
+def check_judged(plan: Plan) -> None:
+    """Raises PlanError where the guard measured other decisions than the plan holds."""
+    if plan.guard is not None and plan.judged != decided(plan.decisions):
+        raise PlanError(f"the plan was edited by hand, and its guard measured other decisions; {_MEASURE}")
+
+
+def check_guard(plan: Plan) -> None:
+    """Raises PlanError where the guard measured other decisions, or did not find them within the bound."""
+    check_judged(plan)
+    if plan.guard is not None and plan.guard.get("held") is not True:
+        raise PlanError(f"the guard did not find this plan within its bound; {_MEASURE}")
+
+
+def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> dict[str, Any]:
+    """The model's fingerprint. Raises PlanError where the plan is not for this model: another structure, or, when the
+    plan holds decisions that are not exact, other weights (their effect on the accuracy was measured on those).
     """
     ours, theirs = fingerprint(model), plan.model
     found = differences(ours, theirs)
@@ -265,3 +291,4 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
             "again, have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
             "apply(..., check_weights=False)"
         )
+    return ours

@@ -154,6 +154,7 @@ def _read(raw: Any, folder: Path) -> Plan:
         model=model,
         goal=_take(raw, "goal", str, "the plan"),
         guard=raw.get("guard"),
+        judged=_take(raw, "judged", str, "the plan"),
         search=raw.get("search"),
         timings=tuple(timings),
         created=_take(raw, "created", str, "the plan"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from rewriter.capture import capture_errors, compiled
 from rewriter.errors import CaptureError, OptionError
 from rewriter.fingerprint import fingerprint
 from rewriter.instances import Names
-from rewriter.plan import Plan
+from rewriter.plan import Plan, decided
 from rewriter.report import Report, Timing
 from rewriter.select import module_name
 from rewriter.target import Target
@@ -42,13 +42,15 @@ class Session:
     """One rewritten model. Holds no reference to the model, whose life it must not prolong.
 
     While it is `strict` a call that cannot be captured raises; later it runs the original, and the report says so.
+    A `given` plan that is only replayed stays what it was, with its machine and all that was measured there.
     """
 
     rewriter: GraphRewriter
     goal: str
     guard: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
     timings: Sequence[Timing] = ()
+    given: Plan | None = None
     report: Report = field(default_factory=Report)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     dynamic: bool | None = None
@@ -65,12 +67,16 @@ class Session:
             for path, module in selector.modules.items()
             for name, value in module.state_dict().items()
         }
+        decisions = tuple(selector.decisions.values())
+        if self.given is not None:
+            return dataclasses.replace(self.given, decisions=decisions, model=self.fingerprint, state=state)
         return Plan(
-            decisions=tuple(selector.decisions.values()),
+            decisions=decisions,
             target=Target.current(device).to_json(),
             model=self.fingerprint,
             goal=self.goal,
             guard=self.guard,
+            judged=decided(decisions) if self.guard is not None else "",
             search=self.search,
             timings=tuple(timing.to_json() for timing in self.timings),
             state=state,

@@ -868,7 +868,7 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Path], dict[str, Any]]]] = 
     "plan is not there": (PlanError, "cannot be read", lambda path: {"plan": path / "plan.json"}),
     "plan is cut off": (PlanError, "cut off", lambda path: {"plan": _damaged(path, lambda text: text[:-99])}),
     "plan format": (
-        PlanError, "format", lambda path: {"plan": _damaged(path, lambda t: t.replace('"format": 2', '"format": 99'))},
+        PlanError, "format", lambda path: {"plan": _damaged(path, lambda t: t.replace('"format": 3', '"format": 99'))},
     ),
 }  # fmt: skip
 

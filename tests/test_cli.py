@@ -17,6 +17,7 @@ from torch import nn
 from rewriter import cli, doctor, options, terminal
 from rewriter.convert.checkpoint import quiet
 from rewriter.errors import GuardError, OptionError
+from rewriter.plan import FORMAT
 
 ZOO = """
 import torch
@@ -122,7 +123,7 @@ def test_convert(zoo: Path, run: Callable[..., Ran]) -> None:
 
 def test_convert_without_calibration_is_exact(zoo: Path, run: Callable[..., Ran]) -> None:
     status, out, _ = run("convert", "cli_zoo:attention", "--out", "faster", "--json")
-    assert status == 0 and out["guard"] is None and out["plan"]["format"] == 2
+    assert status == 0 and out["guard"] is None and out["plan"]["format"] == FORMAT
     assert {d["fidelity"] for d in out["plan"]["decisions"]} == {"exact"}
     assert "No gain here" in out["outcome"] or "replaced" in out["outcome"]
 
@@ -139,6 +140,7 @@ def test_tune_writes_a_plan_and_nothing_else(zoo: Path, run: Callable[..., Ran])
     assert found["search"]["metric"] == "cosine" and found["search"]["timeline"]
     status, out, _ = run("convert", "cli_zoo:attention", "--plan", "p.json", "--out", "faster", "--json")
     assert status == 0 and [d["variant"] for d in out["plan"]["decisions"]] in (["original"], ["sdpa"])
+    assert (len(out["sites"]), out["graphs"]) == (1, 1) and " of 0 " not in out["outcome"]
     revalidated = ("--calibration", "cli_zoo:batches", "--revalidate", "--out", "again", "--json")
     status, out, _ = run("convert", "cli_zoo:attention", "--plan", "p.json", *revalidated)
     assert status == 0 and out["guard"]["held"]

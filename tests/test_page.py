@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter import cli
-from rewriter.plan import Plan, called
+from rewriter.plan import Plan, called, decided
 from rewriter.report.facts import Facts, drawn
 from rewriter.report.page import page
 from rewriter.site import Mask
@@ -76,12 +76,13 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(plan: Path, place: Path, **facts: Any) -> Path:
-    """The plan with other values at its top, or in its first decision."""
+    """The plan with other values at its top, or in its first decision, as if the guard had measured that."""
     raw = json.loads(plan.read_text())
     first = raw["decisions"][0]
     for name, value in facts.items():
         (first if name in first else raw)[name] = value
     place.write_text(json.dumps(raw))
+    place.write_text(json.dumps(raw | {"judged": decided(Plan.load(place).decisions)}))
     return place
 
 
@@ -219,6 +220,22 @@ def test_nonsense_is_one_sentence(
     plan = changed(tuned, tmp_path / "plan.json", **nonsense)
     assert cli.run(["report", str(plan), "--html", str(tmp_path / "out.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out.html").exists()
+
+
+def test_a_verdict_on_other_decisions_is_not_shown(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads(tuned.read_text())
+    raw["decisions"][0]["lengths"] = [0, 10**6]
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    assert cli.run(["report", str(tmp_path / "plan.json")]) == 2
+    said = capsys.readouterr()
+    assert "edited by hand" in said.err and "held" not in said.out
+    raw = json.loads(tuned.read_text())
+    raw["guard"] |= {"held": False, "reason": "told so"}
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    assert cli.run(["report", str(tmp_path / "plan.json")]) == 0, "a refusal may be read"
+    assert "told so" in capsys.readouterr().out
 
 
 def test_bad_places(

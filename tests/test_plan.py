@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from torch import nn
 from rewriter import planfile
 from rewriter.errors import OutputError, PlanError
 from rewriter.fingerprint import fingerprint
-from rewriter.plan import MIXED, Decision, HeadGroup, Plan, Tried, check_model
+from rewriter.plan import FORMAT, MIXED, Decision, HeadGroup, Plan, Tried, check_guard, check_model, decided
 
 
 class Model(nn.Module):
@@ -139,7 +140,7 @@ def test_the_file_is_diffable(tmp_path: Path) -> None:
     one, two = (p.save(tmp_path / f"{i}.json").read_text() for i, p in enumerate((made, turned)))
     assert one == two and one.endswith("}\n") and one.count("\n") > 20
     raw = json.loads(one)
-    assert raw["format"] == 2 and list(raw)[-1] == "decisions"
+    assert raw["format"] == FORMAT and list(raw)[-1] == "decisions"
     assert list(raw["decisions"][0]) == [f.name for f in dataclasses.fields(Decision)]
     assert raw["decisions"][0]["evidence"] == {"z": 1.0}
 
@@ -270,7 +271,7 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        ("format", 1, "format is 1 and this version of rewriter reads 2"),
+        ("format", 1, f"format is 1 and this version of rewriter reads {FORMAT}"),
         ("format", "1", "format is '1'"),
         ("format", True, "format is True"),
         ("format", KeyError, "format is None"),
@@ -286,6 +287,7 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
         ("model", {}, "model has no 'structure'"),
         ("model/tensors", "4", "'tensors' in model is a str"),
         ("model/values", True, "'values' in model is a bool"),
+        ("judged", None, "'judged' in the plan is a NoneType"),
         ("model/parts", 3, "'parts' in model"),
         ("model/parts", {"a": 3}, "'parts' in model"),
         ("weights", "p.safetensors", "'weights' in the plan is a str"),
@@ -332,6 +334,44 @@ def test_foreign_weights_with_a_right_hash(tmp_path: Path) -> None:
     file.write_text(json.dumps(raw))
     with pytest.raises(PlanError, match="not a safetensors file"):
         Plan.load(file)
+
+
+# --- what the guard measured -----------------------------------------------------------------------------------------
+
+
+def test_a_verdict_belongs_to_its_decisions(tmp_path: Path) -> None:
+    made = plan(*plan().decisions, mixed("layers.2"))
+    made = dataclasses.replace(made, judged=decided(made.decisions))
+    file = made.save(tmp_path)
+    check_guard(Plan.load(file))
+    said = [("reason", "told so"), ("evidence", {}), ("refused", {}), ("tried", [])]
+    does = [
+        ("path", "a"), ("site", "heads=1"), ("variant", "s2"), ("config", {"window": 0}), ("fidelity", "learned"),
+        ("lengths", [0, 10**9]), ("otherwise", "sdpa"),
+    ]  # fmt: skip
+    before = json.loads(file.read_text())
+    for edits, changes in ((said, False), (does, True)):
+        for name, value in edits:
+            raw = copy.deepcopy(before)
+            edited(raw, f"decisions/0/{name}", value)
+            file.write_text(json.dumps(raw))
+            if changes:
+                with pytest.raises(PlanError, match="edited by hand, and its guard measured other decisions; tune"):
+                    check_guard(Plan.load(file))
+            else:
+                check_guard(Plan.load(file))
+    edited(before, "decisions/2/heads/0/heads", [0, 1])
+    edited(before, "decisions/2/heads/1/heads", [2])
+    file.write_text(json.dumps(before))
+    with pytest.raises(PlanError, match="edited by hand"):
+        check_guard(Plan.load(file))
+    check_guard(dataclasses.replace(Plan.load(file), guard=None))  # says nothing about its accuracy
+
+
+def test_what_the_guard_refused_is_not_taken() -> None:
+    made = plan(guard={"metric": "kl", "held": False}, judged=decided(plan().decisions))
+    with pytest.raises(PlanError, match="within its bound; tune again"):
+        check_guard(made)
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import rewriter
-from rewriter.errors import GuardError, PlanError
+from rewriter.errors import CalibrationError, GuardError, PlanError
 from rewriter.guard import error
 from rewriter.mixture import ByHeads
 from rewriter.plan import Plan
@@ -268,3 +270,60 @@ def test_a_plan_for_other_weights_is_measured_or_refused() -> None:
     assert rewriter.plan_of(other) is None and torch.equal(other(data(0)), expected)
     with pytest.raises(PlanError, match=r"another model.*project.weight is missing; #.project.weight is new"):
         rewriter.optimize(nn.Sequential(Net()).eval(), BATCHES, plan=plan)
+
+
+def test_an_edited_plan_is_measured_or_refused(tmp_path: Path) -> None:
+    plan = searched()
+    file = plan.save(tmp_path)
+    raw = json.loads(file.read_text())
+    raw["decisions"][0]["config"]["window"] *= 2
+    file.write_text(json.dumps(raw))
+    torch.manual_seed(1)
+    model = Net().eval()
+    for attempt in (rewriter.apply, lambda model, file: rewriter.optimize(model, plan=file)):
+        with pytest.raises(PlanError, match="edited by hand"):
+            attempt(model, file)
+    with pytest.raises(BackendCompilerFailed, match="edited by hand"):
+        torch.compile(model, backend="rewriter", options={"plan": file, "inner": "eager"})(data(0))
+    torch._dynamo.reset()
+    rewriter.optimize(model, BATCHES, plan=file, metric="cosine", max_drop=0.9)
+    measured = rewriter.plan_of(model)
+    assert measured is not None and measured.decisions[0].config == raw["decisions"][0]["config"]
+    assert measured.guard is not None and measured.guard["held"] and measured.search == plan.search
+    rewriter.restore(model)
+    rewriter.apply(model, measured.save(tmp_path / "again.json"))
+    rewriter.restore(model)
+    refused = dataclasses.replace(measured, guard={**measured.guard, "held": False})
+    with pytest.raises(PlanError, match="within its bound"):
+        rewriter.apply(model, refused)
+    rewriter.optimize(model, BATCHES, plan=refused, metric="cosine", max_drop=0.9)
+
+
+def test_a_replayed_plan_keeps_what_is_known_of_it(tmp_path: Path) -> None:
+    plan = elsewhere(searched())
+    torch.manual_seed(1)
+    model = rewriter.apply(Net().eval(), plan)
+    model(data(0))
+    again = rewriter.plan_of(model)
+    assert again == plan and again.search is not None and again.timings, "also the machine, of which all this is"
+    assert again.save(tmp_path) and Plan.load(tmp_path) == plan
+    torch.manual_seed(2)
+    other = rewriter.apply(Net().eval(), plan, check_weights=False)
+    unmeasured = rewriter.plan_of(other)
+    assert unmeasured is not None and unmeasured.guard is None, "the guard has not seen these weights"
+
+
+def test_a_plan_with_an_example_tells_what_fits() -> None:
+    plan = searched()
+    torch.manual_seed(1)
+    model = rewriter.optimize(Net().eval(), plan=plan, example=data(0))
+    report = rewriter.report_of(model)
+    assert report is not None and report.graphs == 1 and len(report.sites) == 1 and not report.notes
+    for kept in (None, plan):
+        if kept is None:
+            rewriter.restore(model)
+        else:
+            rewriter.apply(model, plan)
+        with pytest.raises(CalibrationError):
+            rewriter.optimize(model, plan=dataclasses.replace(plan, guard=None), example=data(0)[..., 1:])
+        assert rewriter.plan_of(model) == kept

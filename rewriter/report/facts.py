@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from rewriter.errors import PlanError
-from rewriter.plan import Decision, Plan, Tried, called
+from rewriter.plan import Decision, Plan, Tried, called, check_judged
 from rewriter.report import Timing
 from rewriter.site import AttentionSite, Causal, Chunked, Mask, PrefixCausal, SlidingWindow
 from rewriter.tune.record import Point, Stage, Trial
@@ -81,13 +81,13 @@ class Facts:
 
     @staticmethod
     def of(plan: Plan) -> Facts:
-        """Raises PlanError where guard, timings or search are not what is written there."""
+        """Raises PlanError where guard, timings or search are not what is written there, or not of these decisions."""
         search = plan.search or {}
         for decision in plan.decisions:
             numbers = [value for t in decision.tried for value in (t.cost, t.error, t.effect) if value is not None]
             for value in (*numbers, *decision.evidence.values()):
                 _number(value, f"what was measured at {decision.path or '<root>':.40}")
-        return Facts(
+        facts = Facts(
             plan=plan,
             verdict=_verdict(plan.guard) if plan.guard is not None else None,
             timings=tuple(_made(Timing, t, "timings", given={"ratio"}) for t in plan.timings if _measured(t)),
@@ -97,6 +97,8 @@ class Facts:
             search={name: _number(value, name) for name, value in search.items() if name in _NUMBERS}
             | {name: str(value) for name, value in search.items() if name in ("metric", "effects")},
         )
+        check_judged(plan)
+        return facts
 
     @property
     def unit(self) -> str:
