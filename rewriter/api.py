@@ -18,6 +18,7 @@ from rewriter.calibration import batches_from, check_batches
 from rewriter.capture import capture_errors, compiled, exported
 from rewriter.detect import detect
 from rewriter.errors import OptionError
+from rewriter.fingerprint import fingerprint
 from rewriter.guard import outputs_of
 from rewriter.instances import Names
 from rewriter.metrics import Metric
@@ -112,7 +113,7 @@ def optimize(
     )
     before = uninstall(model)
     try:
-        with _unchanged(model):
+        with _unchanged(model) as written:
             if plan is not None and calibration is not None:
                 given = read_plan(plan)
                 check_model(given, model, check_weights=False)
@@ -122,6 +123,8 @@ def optimize(
                 session = tuned(model, calibration, request)
             else:
                 session = untuned(model, example, request)
+        if written:
+            session.fingerprint = fingerprint(model, written)
     except BaseException:
         uninstall(model)
         route(model, None)
@@ -143,27 +146,33 @@ def _check_options(time_budget: Any, inner: Any, dynamic: Any, progress: Any) ->
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Random state, modes and buffers (running statistics, caches) are afterwards what they were."""
+def _unchanged(model: nn.Module) -> Iterator[list[str]]:
+    """Random state, modes and buffers (running statistics, caches) are afterwards what they were. The list then names
+    the buffers that were not.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     modes = {module: module.training for module in model.modules()}
     buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
+        (f"{prefix}.{name}" if prefix else name, module._buffers, name, buffer, buffer.clone())
+        for prefix, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta and buffer.layout == torch.strided
     ]
+    written: list[str] = []
     try:
         with torch.random.fork_rng(devices):
-            yield
+            yield written
     finally:
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
-            for held, name, buffer, content in buffers:
-                held[name] = buffer
+            for full, held, name, buffer, content in buffers:
                 # Only where needed: a write makes autograd refuse what it saved before.
-                if not torch.equal(buffer, content):
+                changed = not torch.equal(buffer, content)
+                if changed or held.get(name) is not buffer:
+                    written.append(full)
+                held[name] = buffer
+                if changed:
                     buffer.copy_(content)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 
 from rewriter.paths import shape_of
 
-_SAMPLES = 256
+_AT_ONCE = 1 << 20
+"""Values: a part of a tensor that stays in the cache while it is converted and summed."""
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a plan is for: {"structure", "weights", "tensors", "values"}.
+def fingerprint(model: nn.Module, written: Iterable[str] = ()) -> dict[str, Any]:
+    """What a plan is for: {"structure", "weights", "tensors", "values", "parts", "written"}.
 
     structure  hash of the sorted names and shapes of parameters and persistent buffers, without those in `rewriter`
-    weights    hash of up to 256 values of each parameter, as bfloat16, so that the type of loading does not matter;
-               it tells a trained model from an untrained one, not a single changed weight in a million
+    weights    hash of sums over all their values as float32, so that the type of loading does not matter
     tensors, values  how many there are, for messages
     parts      name, numbers as #, -> [number and shape, hash of weights] of the tensors of that name, for `differences`
+    written    the buffers of these names are left out: what calls of the model write, such as the keys of a cache, says
+               nothing about which model it is. `optimize` finds them by looking at all buffers before and after its own
+               calls, and the plan names them
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -31,18 +35,21 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
                 named[f"{prefix}.{name}" if prefix else name] = buffer
     # torch.compile wraps a module under a name of its own.
     named = {name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}
-    named = {name: named[name] for name in sorted(named) if not name.startswith("rewriter.")}
+    calls = {id(named[name]) for each in written if (name := each.replace("_orig_mod.", "")) in named}
+    left_out = sorted(name for name, tensor in named.items() if id(tensor) in calls)
+    named = {name: named[name] for name in sorted(named) if not name.startswith("rewriter.") and name not in left_out}
     structure, weights = hashlib.sha256(), hashlib.sha256()
     parts: dict[str, tuple[list[str], Any]] = {}
+    sums: dict[int, bytes] = {}  # tied tensors are read once
     for name, tensor in named.items():
         shape = "x".join(map(str, tensor.shape)) or "1"
         structure.update(f"{name}{tuple(tensor.shape)}\n".encode())
         shapes, own = parts.setdefault(".".join(shape_of(name)), ([], hashlib.sha256()))
         shapes.append(shape)
-        if isinstance(tensor, nn.Parameter):
-            sample = name.encode() + _sample(tensor)
-            weights.update(sample)
-            own.update(sample)
+        if id(tensor) not in sums:
+            sums[id(tensor)] = hashlib.sha256(_sums(tensor)).digest()
+        for found in (weights, own):
+            found.update(name.encode() + sums[id(tensor)])
     return {
         "structure": structure.hexdigest(),
         "weights": weights.hexdigest(),
@@ -52,6 +59,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             name: [f"{len(shapes)} of {', '.join(dict.fromkeys(shapes))}", own.hexdigest()[:12]]
             for name, (shapes, own) in parts.items()
         },
+        "written": left_out,
     }
 
 
@@ -69,12 +77,19 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """Evenly spaced values as bytes; none of a tensor without readable ones (meta, sparse)."""
+def _sums(tensor: Tensor) -> bytes:
+    """Of each row and each column, of all values' bits as whole numbers that wrap around: a sum that is the same in any
+    order, on any device. Nothing of a tensor without readable values (meta, sparse).
+    """
     if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
         return b""
-    flat = tensor.detach().reshape(-1)
-    chosen = flat[:: max(1, flat.numel() // _SAMPLES)]
-    if chosen.is_floating_point():
-        chosen = chosen.to(torch.bfloat16)
-    return chosen.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    splits = (math.prod(values.shape[:axis]) for axis in range(values.dim() + 1))
+    table = values.reshape(min(splits, key=lambda rows: rows + values.numel() // rows), -1)
+    wide = torch.int64 if values.element_size() == 8 else torch.int32
+    rows, columns = [], torch.zeros(1, dtype=torch.int32, device=values.device)
+    for part in table.split(max(1, _AT_ONCE // table.shape[1])):
+        bits = (part.float() if part.is_floating_point() else part.to(wide)).contiguous().view(torch.int32)
+        rows.append(bits.sum(1, dtype=torch.int32))
+        columns = columns + bits.sum(0, dtype=torch.int32)
+    return torch.cat([*rows, columns]).cpu().numpy().tobytes()

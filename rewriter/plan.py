@@ -277,7 +277,7 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
     """The model's fingerprint. Raises PlanError where the plan is not for this model: another structure, or, when the
     plan holds decisions that are not exact, other weights (their effect on the accuracy was measured on those).
     """
-    ours, theirs = fingerprint(model), plan.model
+    ours, theirs = fingerprint(model, plan.model.get("written", ())), plan.model
     found = differences(ours, theirs)
     detail = f": {'; '.join(found[:3])}{f'; and {len(found) - 3} more' if len(found) > 3 else ''}" if found else ""
     if ours["structure"] != theirs["structure"]:

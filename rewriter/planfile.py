@@ -142,6 +142,9 @@ def _read(raw: Any, folder: Path) -> Plan:
     parts = model.get("parts", {})
     if not isinstance(parts, dict) or not all(isinstance(p, list) and len(p) == 2 for p in parts.values()):
         raise PlanError("'parts' in model do not name tensors")
+    written = model.get("written", [])
+    if not isinstance(written, list) or not all(isinstance(name, str) for name in written):
+        raise PlanError("'written' in model are not names of buffers")
     for name in ("guard", "search"):
         if raw.get(name) is not None:
             _take(raw, name, dict, "the plan")

@@ -288,6 +288,7 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
         ("model/tensors", "4", "'tensors' in model is a str"),
         ("model/values", True, "'values' in model is a bool"),
         ("judged", None, "'judged' in the plan is a NoneType"),
+        ("model/written", "cache", "'written' in model"),
         ("model/parts", 3, "'parts' in model"),
         ("model/parts", {"a": 3}, "'parts' in model"),
         ("weights", "p.safetensors", "'weights' in the plan is a str"),
@@ -413,6 +414,46 @@ def test_every_value_of_a_small_parameter_counts() -> None:
     found = fingerprint(model)
     model.layers[1].bias.data[3] += 1
     assert fingerprint(model)["weights"] != found["weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(5000,), (300, 700), (3, 60, 70), (64, 4, 3, 3), ()])
+def test_every_value_counts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.register_buffer("kept", (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 9).to(dtype))
+    seen = {fingerprint(model)["weights"]}
+    flat = model.kept.view(-1)
+    changed = range(0, flat.numel(), max(1, flat.numel() // 50))
+    for place in changed:
+        before = flat[place].clone()
+        flat[place] = before.logical_not() if dtype == torch.bool else before + 1
+        seen.add(fingerprint(model)["weights"])
+        flat[place] = before
+    assert len(seen) == 1 + len(changed)
+    if len(shape) > 1 and dtype != torch.bool:
+        flat[:] = flat.flip(0).clone()
+        assert fingerprint(model)["weights"] not in seen, "the same values in another order"
+
+
+def test_the_layout_in_memory_does_not_count() -> None:
+    model = nn.Conv2d(40, 30, 3)
+    found = fingerprint(model)
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == found
+    model.weight.data = model.weight.data.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    assert fingerprint(model) == found
+
+
+def test_weights_in_buffers_count_and_what_calls_write_does_not() -> None:
+    one, two = Model(), Model()
+    two.load_state_dict(one.state_dict())
+    two.scale[1] = 2.0
+    assert fingerprint(one)["structure"] == fingerprint(two)["structure"]
+    assert fingerprint(one)["weights"] != fingerprint(two)["weights"]
+    written = fingerprint(one, ["scale", "gone"])
+    assert written == fingerprint(two, ["scale"]) and written["written"] == ["scale"] and written["tensors"] == 4
+    one.other = nn.Module()
+    one.other.register_buffer("scale", one.scale)
+    assert fingerprint(one, ["scale"])["written"] == ["other.scale", "scale"], "it has two names"
 
 
 def test_tied_parameters_count_under_each_name() -> None:

@@ -313,6 +313,35 @@ def test_a_replayed_plan_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     assert unmeasured is not None and unmeasured.guard is None, "the guard has not seen these weights"
 
 
+class Counting(Net):
+    """It writes into one of its buffers with every call, and multiplies by another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("gain", torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x * self.gain)
+
+
+def test_a_plan_is_for_the_buffers_that_calls_do_not_write() -> None:
+    torch.manual_seed(1)
+    model = rewriter.optimize(Counting().eval(), BATCHES, metric="cosine", max_drop=0.5)
+    plan = rewriter.plan_of(model)
+    assert plan is not None and plan.fidelity == "approximate" and plan.model["written"] == ["calls"]
+    torch.manual_seed(1)
+    other = Counting().eval()
+    other(data(0))
+    rewriter.apply(other, plan)
+    again = rewriter.plan_of(other)
+    assert again is not None and again.model == plan.model
+    rewriter.restore(other).gain[3] = 2.0
+    with pytest.raises(PlanError, match=r"other weights.*gain has other values"):
+        rewriter.apply(other, plan)
+
+
 def test_a_plan_with_an_example_tells_what_fits() -> None:
     plan = searched()
     torch.manual_seed(1)
