@@ -62,16 +62,16 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 def check_place(path: str | os.PathLike[str]) -> None:
     """Raises OutputError unless a plan can be written there, which is tried, and replaces nothing but a plan."""
-    file = _file(path)
-    if file.exists():
-        try:
-            read(file)
-        except PlanError as error:
-            raise OutputError(f"{file} exists and is not a plan: name another file") from error
-    beside = _beside(file)
+    file = Path(path)
     try:
+        file = _file(path)
+        if file.exists():
+            read(file)
+        beside = _beside(file)
         beside.touch(exist_ok=False)
         beside.unlink()
+    except PlanError as error:
+        raise OutputError(f"{file} exists and is not a plan that can be read: name another file") from error
     except OSError as cause:
         raise _unwritable(file, cause) from cause
 
