@@ -1,6 +1,6 @@
 """The local error of every candidate at every site, and its predicted effect on the metric, for each head.
 
-The original runs on some batches of the search half; at each site the candidates are computed on the same operands.
+The original runs on some batches of the search part; at each site the candidates are computed on the same operands.
 Local errors are measured, and effects follow from the gradients of `effects.py`. Where there is no way back through the
 model, the squared local error stands in, of which only the order is right: the search corrects its scale.
 """

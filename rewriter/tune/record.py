@@ -40,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan that was assembled and measured on the search half."""
+    """A plan that was assembled and measured on the search part."""
 
     cost: float
     predicted: float

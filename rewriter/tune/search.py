@@ -1,8 +1,8 @@
 """Search for the fastest (or smallest) plan that the guard accepts.
 
 Every candidate is timed at its site, and its effect on the metric is predicted. A mixed-integer program makes the
-cheapest plan whose predicted drop is within the bound; the plan is assembled and measured on the search half of the
-data, the prediction is corrected by what was seen, and solved again. Whether a plan holds is decided on the other half.
+cheapest plan whose predicted drop is within the bound; the plan is assembled and measured on the search part of the
+data, the prediction is corrected by what was seen, and solved again. Whether a plan holds is decided on the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rewriter.tune.slots import SlotRewriter, Switches
 from rewriter.tune.solve import Solution, Table, cost_of, effect_of, front, solve
 
 MARGIN = 0.8
-"""The part of the bound that the search half may use: the other half of the data is not the same data."""
+"""The part of the bound that the search may use on its data: the rest is not the same data."""
 _CLOSE = 0.9
 """A plan that uses this part of its margin is as good as the next one."""
 MOST_TRIALS = 8
@@ -82,7 +82,7 @@ class Tuning:
     """The same of single candidates, by their identity, beyond `scale`."""
     recall: Recall | None = None
     accepted: list[Assembled] = field(default_factory=list)
-    """Plans that kept the metric within the bound on the search half."""
+    """Plans that kept the metric within the bound on the search part."""
 
     @property
     def switches(self) -> Switches:
@@ -182,7 +182,7 @@ class Tuning:
     # --- search ------------------------------------------------------------------------------------------------------
 
     def search(self, scores: Scores, original: Measurement, bound: float) -> None:
-        """Find plans that keep the metric within the bound on the search half, into `accepted`.
+        """Find plans that keep the metric within the bound on the search part, into `accepted`.
 
         Ends early where time is over.
         """
