@@ -94,10 +94,10 @@ def compared(loaded: Loaded, bound: float, seed: int, progress: Advance) -> list
 
 def _compared(at: Prepared, loaded: Loaded, bound: float, numbers: Sequence[int]) -> Iterator[Compared]:
     tuning, progress = at.tuning, at.request.progress
-    scores, on_fresh = at.scores_on(at.search_half), at.scores_on([loaded.batches[n] for n in numbers])
+    scores, on_fresh = at.scores_on(at.search_part), at.scores_on([loaded.batches[n] for n in numbers])
     original = scores.original()
     tuning.measure_sites()
-    tuning.measure_effects(at.metric, at.search_half, at.request.seed)
+    tuning.measure_effects(at.metric, at.search_part, at.request.seed)
     simple = Simple(tuning, scores, original, MARGIN * bound)
     # Before the search, which corrects what is predicted by what it sees.
     progress("rank and revert", 0, None)
@@ -136,7 +136,7 @@ def _compared(at: Prepared, loaded: Loaded, bound: float, numbers: Sequence[int]
 def _times(at: Prepared, solutions: Sequence[Solution]) -> list[list[float]]:
     """Seconds of the original, and of each plan, in turn; implementations are built before."""
     model, tuning = at.tuning.model, at.tuning
-    batch = max(at.search_half, key=size_of)  # the size at which sites are timed
+    batch = max(at.search_part, key=size_of)  # the size at which sites are timed
     active = []
     for solution in solutions:
         tuning.place(solution)

@@ -32,7 +32,7 @@ _MOST_SAMPLES = 2
 """Batches kept for fitting a learned variant at a site."""
 _MOST_BATCHES = 4
 """Batches on which effects are predicted."""
-_MOST_PLANTED = 2
+MOST_PLANTED = 2
 """Texts on which the loss of recall is predicted."""
 
 
@@ -77,10 +77,10 @@ class Predictor:
 
     def recall(self, texts: Sequence[Batch], worth: float) -> None:
         """Add to the effects what planted tokens lose, times `worth`: so much of the metric's drop is a nat of one."""
-        for number, text in enumerate(texts[:_MOST_PLANTED]):
+        for number, text in enumerate(texts[:MOST_PLANTED]):
             if self.deadline.over():
                 return
-            self.progress("predict recall", number, _MOST_PLANTED)
+            self.progress("predict recall", number, MOST_PLANTED)
             found = self.measured(RECALL, text, 0, number)
             if not found["gradients"]:
                 return
@@ -89,7 +89,7 @@ class Predictor:
                     for _, lost in found["sites"].get(path, {}).get(str(index), ()):
                         if candidate.effects and lost:
                             shares = zip(candidate.effects, lost, strict=True)
-                            candidate.effects = [own + worth * each / _MOST_PLANTED for own, each in shares]
+                            candidate.effects = [own + worth * each / MOST_PLANTED for own, each in shares]
 
     def measured(self, metric: Metric, batch: Batch, seed: int, number: int) -> dict[str, Any]:
         """What is seen on the batch of that number among those sampled, in the form of `_effects_on`."""

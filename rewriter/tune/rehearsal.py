@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from rewriter import probes
 from rewriter.backend import check_goal, check_variants
 from rewriter.calibration import batches_from, check_batches, split, with_rows
 from rewriter.capture import compiled
 from rewriter.guard import outputs_of
 from rewriter.instances import Names
-from rewriter.metrics import resolve_metric
+from rewriter.metrics import predicts_ids, resolve_metric
 from rewriter.session import rerouted
 from rewriter.site import Causal
 from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
+from rewriter.tune.predict import MOST_PLANTED
 from rewriter.tune.record import Progress, Record
 from rewriter.tune.search import MOST_TRIALS, Tuning
 from rewriter.tune.slots import SlotRewriter
@@ -47,7 +49,8 @@ class Rehearsal:
         return (
             f"{self.sites} attentions of {self.kinds} kinds, {self.pairs} candidates at all of them together. "
             f"{self.searched} batches guide the search and {self.held_out} decide: at most {self.calls} calls of the "
-            f"model; to try each candidate end to end would take {self.pairs * self.searched}. Nothing was measured."
+            f"model to measure accuracy; to try each candidate end to end would take {self.pairs * self.searched}. "
+            "Nothing was measured."
         )
 
 
@@ -71,15 +74,19 @@ def rehearsed(
     with rerouted(model, compiled(model, slots)):
         tuning.capture(searched)
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
-    resolve_metric(metric, searched[0], outputs_of(model, searched[0], 0), causal=causal)
+    outputs = outputs_of(model, searched[0], 0)
+    resolve_metric(metric, searched[0], outputs, causal=causal)
     found = [workbench.candidates(region)[0] for region in slots.regions.values()]
     original = len(searched) + len(held_out)
     effects = 2 * min(len(searched), 4)
+    is_language_model = causal and predicts_ids(searched[0], outputs)
+    planted = [len(probes.planted(part, seed)) if is_language_model else 0 for part in (searched, held_out)]
+    recall = (1 + MOST_TRIALS) * planted[0] + 2 * min(planted[0] // 2, MOST_PLANTED) + 3 * planted[1]
     return Rehearsal(
         sites=len(found),
         kinds=len({region.identity() for region in slots.regions.values()}),
         pairs=sum(map(len, found)),
         searched=len(searched),
         held_out=len(held_out),
-        calls=original + effects + MOST_TRIALS * len(searched) + 3 * len(held_out),
+        calls=original + effects + MOST_TRIALS * len(searched) + 3 * len(held_out) + recall,
     )

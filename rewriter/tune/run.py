@@ -131,7 +131,7 @@ class Prepared:
     metric: Metric
     dtype: torch.dtype
     device: str
-    search_half: Sequence[Batch]
+    search_part: Sequence[Batch]
     held_out: Sequence[Batch]
     planted: Sequence[Batch] | None
 
@@ -171,29 +171,29 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     """What a search starts from; nothing is measured yet. The model's calls go where its author sent them."""
     batches = batches_from(calibration)
     check_batches(model, batches)
-    search_half, held_out = split(with_rows(model, batches), request.seed)
+    search_part, held_out = split(with_rows(model, batches), request.seed)
     record = Record(bound=request.max_drop, unit="bytes" if request.goal == "memory" else "ms")
     request = dataclasses.replace(request, progress=record.watched(request.progress))
     slots = SlotRewriter(None, names=Names.of(model))
     workbench = Workbench(request.goal, request.allowed, request.fresh)
     tuning = Tuning(model, slots, request.goal, workbench, request.deadline, request.progress, record)
-    outputs = outputs_of(model, search_half[0], 0)
+    outputs = outputs_of(model, search_part[0], 0)
     through_slots = compiled(model, slots)
     route(model, through_slots)
-    tuning.capture(search_half)
+    tuning.capture(search_part)
     route(model, None)
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
-    metric = resolve_metric(request.metric, search_half[0], outputs, causal=causal)
+    metric = resolve_metric(request.metric, search_part[0], outputs, causal=causal)
     metric = with_drop_type(metric, request.limits.drop_type)
     tuning.about, record.metric = [version(), fingerprint(model), *_machine(model, outputs)], metric.name
-    is_language_model = causal and predicts_ids(search_half[0], outputs)
+    is_language_model = causal and predicts_ids(search_part[0], outputs)
     at = Prepared(
         request=request, record=record, tuning=tuning, through_slots=through_slots, metric=metric,
-        dtype=primary(outputs).dtype, device=str(primary(outputs).device), search_half=search_half, held_out=held_out,
+        dtype=primary(outputs).dtype, device=str(primary(outputs).device), search_part=search_part, held_out=held_out,
         planted=_planted(held_out, is_language_model, request),
     )  # fmt: skip
     limits = request.limits
-    if limits.recall_drop > 0 and (texts := _planted(search_half, is_language_model, request)):
+    if limits.recall_drop > 0 and (texts := _planted(search_part, is_language_model, request)):
         tuning.recall = Recall(at.scores_on(texts, probes.RECALL), limits.max_drop / limits.recall_drop)
     return at
 
@@ -208,15 +208,15 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     """All training-free variants, and the learned ones that were asked for, under the guard."""
     at = prepared(model, calibration, request)
     request, record, tuning = at.request, at.record, at.tuning
-    metric, dtype, search_half = at.metric, at.dtype, at.search_half
+    metric, dtype, search_part = at.metric, at.dtype, at.search_part
 
     def repeats() -> bool:
-        check_repeats(metric, model, search_half[0], dtype)
+        check_repeats(metric, model, search_part[0], dtype)
         return True
 
     Ledger(tuning.about, request.fresh, kept=is_built_in(metric)).measured("repeats", metric.name, repeats)
     request.progress("measure the original", 0, None)
-    on_search, on_held_out = at.scores_on(search_half), at.scores_on(at.held_out)
+    on_search, on_held_out = at.scores_on(search_part), at.scores_on(at.held_out)
     original, reference = on_search.original(), on_held_out.original()
 
     route(model, at.through_slots)
@@ -224,7 +224,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
     try:
         tuning.measure_sites()
         if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
-            tuning.measure_effects(metric, search_half, request.seed)
+            tuning.measure_effects(metric, search_part, request.seed)
             tuning.search(on_search, original, request.max_drop)
     except KeyboardInterrupt:
         request.deadline.stop()

@@ -72,6 +72,7 @@ class Scores:
         if index not in self._references:
             with self._original():
                 self._references[index] = measure_original(self.metric, self._model, [self.batches[index]])[1][0]
+                self._record.evaluations += 1
         return self._references[index]
 
     def _measured(self, plan: Any, measure: Callable[[int], Measurement]) -> Measurement:

@@ -97,8 +97,8 @@ class Worker:
         at, kept = self._at, is_built_in(self._at.metric)
         counts = {
             "site": len(self._kinds),
-            "original": len(at.search_half) + len(at.held_out) if kept else 0,
-            "effects": len(sampled(at.search_half)) if kept and at.request.max_drop > 0 else 0,
+            "original": len(at.search_part) + len(at.held_out) if kept else 0,
+            "effects": len(sampled(at.search_part)) if kept and at.request.max_drop > 0 else 0,
         }
         return socket.gethostname(), Target.current(self._device).to_json(), counts
 
@@ -115,7 +115,7 @@ class Worker:
         return workbench.ledger(self._device).known
 
     def _original(self, number: int) -> Entries:
-        scores = self._at.scores_on([[*self._at.search_half, *self._at.held_out][number]])
+        scores = self._at.scores_on([[*self._at.search_part, *self._at.held_out][number]])
         scores.original()
         return scores.ledger.known
 
@@ -127,7 +127,7 @@ class Worker:
         if any(c.variant.fidelity == "learned" for choices in tuning.choices.values() for c in choices.others):
             return {}  # they are fitted first, which is no measurement
         with rerouted(tuning.model, at.through_slots):
-            predictor.measured(at.metric, sampled(at.search_half)[number], at.request.seed, number)
+            predictor.measured(at.metric, sampled(at.search_part)[number], at.request.seed, number)
         return predictor.ledger.known
 
 
