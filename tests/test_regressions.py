@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
+import rewriter
+from rewriter.codegen import cpp, native
 from rewriter.guard import model_tolerance, relative_rms
-from rewriter.site import Causal, Dense, Full, Padding, SlidingWindow
+from rewriter.site import Causal, Dense, Full, Padding, Refusal, SlidingWindow
+from rewriter.variant import variants
 from tests.programs import check_equal
 
 Rewrite = Callable[..., Any]
@@ -241,7 +245,8 @@ def test_a_mask_that_multiplies(rewrite: Rewrite, variant: str) -> None:
     inputs = (*tensors(), causal(7).float())
     result = rewrite(attend, *inputs, variant=variant)
     check_equal(result.out, attend(*inputs), inputs)
-    assert not any(site.mask.has(Causal) for site in result.sites)
+    assert [(site.mask, site.factor, site.edits) for site in result.sites] == [(Full(), "key", ("scaled_by_position",))]
+    assert not result.matches, "recognised, and left as it is"
 
 
 @EXACT
@@ -347,6 +352,41 @@ def test_lengths_between_the_blocks(rewrite: Rewrite, variant: str, length: int,
     assert checked(rewrite, attend, *tensors(1, 2, length, 16), variant=variant).mask == mask
 
 
+WINDOW = variants()["sliding_window"]
+
+
+def windowed(length: int, window: int, sinks: int) -> tuple[Any, Any, tuple[Tensor, ...], Tensor]:
+    """A causal site of this length with a window of tokens, what is built for it, its inputs, and the definition."""
+    site = replace(WINDOW.cases[0].site, heads=2, kv_heads=1).sized(batch=1, q_len=length, kv_len=length)
+    built = WINDOW.build(site, {"window": window, "sinks": sinks})
+    q, k, v = tensors(1, 2, length, 16, kv_heads=1)
+    (i, j), shared = (torch.arange(length)[:, None], torch.arange(length)), (t.repeat_interleave(2, 1) for t in (k, v))
+    seen = (j <= i) & ((j > i - window) | (j < sinks))
+    return site, built, (q, k, v), F.scaled_dot_product_attention(q, *shared, attn_mask=seen, scale=site.scale)
+
+
+@pytest.mark.parametrize("length", [137, 521, 1025])
+@pytest.mark.parametrize(("window", "sinks"), [(64, 0), (100, 5)])
+def test_lengths_between_the_blocks_of_a_window(length: int, window: int, sinks: int) -> None:
+    """The same issues: blocks of queries, each with the slice of keys around it, and what is differentiated there."""
+    _, built, inputs, expected = windowed(length, window, sinks)
+    check_equal(built(*inputs, None, None), expected, inputs)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("length", [137, 521, 1025])
+@pytest.mark.parametrize(("window", "sinks"), [(64, 0), (100, 5)])
+def test_lengths_between_the_blocks_of_generated_kernels(length: int, window: int, sinks: int) -> None:
+    """The same issues: tiles of C++, in all sizes that compete. There is no backward of them."""
+    site, built, (q, k, v), expected = windowed(length, window, sinks)
+    kernels = [cpp.attention(built.formula, q, v, {}, size) for size in cpp.sizes(built.formula, q, k, {})]
+    assert kernels
+    with torch.no_grad():
+        for kernel in kernels:
+            assert not isinstance(kernel, Refusal), kernel
+            check_equal(kernel(q, k, v, site.scale), expected)
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +412,33 @@ def test_one_head_of_512(rewrite: Rewrite, variant: str) -> None:
     result = rewrite(model, x, variant=variant)
     assert [(s.heads, s.head_dim, s.q_len) for s in result.sites] == [(1, 512, 15)], result.refusals
     check_equal(result.out, model(x))
+
+
+class Mixed(nn.Module):
+    """A wide head, and a block whose weights are dropped: the fused call would draw other random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.dropped = MidBlock(512), nn.Linear(512, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.dropped(self.wide(x).flatten(2).mT).chunk(3, -1)
+        return F.dropout((q @ k.mT / 4).softmax(-1), 0.2) @ v
+
+
+def test_a_site_that_is_refused_beside_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageAttention#134: one site that a kernel has not, and the whole model failed. Each has its own fallback."""
+    monkeypatch.setattr("rewriter.select.WORTH_IT", math.inf)  # on a busy machine a measurement may say anything
+    model, x = Mixed().requires_grad_(False), torch.randn(1, 512, 5, 3)
+    module = rewriter.optimize(torch.export.export(model, (x,)))
+    plan = rewriter.plan_of(module)
+    assert plan is not None
+    assert {decision.path: decision.variant for decision in plan.decisions} == {"wide": "sdpa", "": "original"}
+    assert any("random numbers" in decision.refused.get("sdpa", "") for decision in plan.decisions)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    assert close(module(x), expected)
 
 
 @EXACT
@@ -431,7 +498,10 @@ def test_frames_and_a_grid_that_is_not_square(rewrite: Rewrite, variant: str, fr
     """Sliding-tile attention: the layout of the tokens was guessed from their number."""
     model, x = SpaceAndTime(frames, 3, 5), torch.randn(batch, frames * 15, 16)
     result = rewrite(model, x, variant=variant)
-    assert [(s.q_len, s.kv_len, s.head_dim) for s in result.sites] == [(15, 15, 8), (frames, frames, 8)]
+    found = [(s.batch, s.q_len, s.kv_len, s.head_dim) for s in result.sites]
+    assert found == [(batch * frames, 15, 15, 8), (batch * 15, frames, frames, 8)]
+    # 15 tokens may be 3x5 or 5x3, 16 may be 4x4, and 17 may have one in front: their number is not told how they lie.
+    assert [s.tokens for s in result.sites] == [None, None]
     check_equal(result.out, model(x))
 
 
@@ -467,12 +537,31 @@ class BartOfBefore(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], -1, 2, 8).transpose(1, 2).contiguous().view(x.shape[0] * 2, -1, 8)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        q, k, v = self.split(self.q(x) * 8**-0.5), self.split(self.k(x)), self.split(self.v(x))
-        scores = torch.bmm(q, k.transpose(1, 2)).view(b, 2, n, n) + mask
-        weights = F.dropout(scores.view(b * 2, n, n).softmax(-1), 0.1, self.training)
+    def forward(self, x: Tensor, mask: Tensor | None = None, others: Tensor | None = None) -> Tensor:
+        (b, n, _), source = x.shape, x if others is None else others
+        q, k, v = self.split(self.q(x) * 8**-0.5), self.split(self.k(source)), self.split(self.v(source))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if mask is not None:
+            scores = (scores.view(b, 2, n, k.shape[1]) + mask).view(b * 2, n, k.shape[1])
+        weights = F.dropout(scores.softmax(-1), 0.1, self.training)
         return self.out(torch.bmm(weights, v).view(b, 2, n, 8).transpose(1, 2).reshape(b, n, 16))
+
+
+class TranslatorOfBefore(nn.Module):
+    """Two layers of an encoder and two of a decoder of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.cross = (nn.ModuleList(BartOfBefore() for _ in range(2)) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.encoder:
+            x = x + layer(x)
+        mask = torch.full((y.shape[1], y.shape[1]), HIDDEN).triu(1)[None, None].expand(y.shape[0], 1, -1, -1)
+        for own, cross in zip(self.decoder, self.cross, strict=True):
+            y = y + own(y, mask)
+            y = y + cross(y, None, x)
+        return y
 
 
 @EXACT
@@ -486,9 +575,30 @@ def test_bart_of_before(rewrite: Rewrite, variant: str) -> None:
 
 
 @EXACT
+def test_as_many_attentions_in_the_bart_of_before(rewrite: Rewrite, variant: str) -> None:
+    """onnxruntime#23864: one spelling was fused, and the other was not. The same sites, of the same facts."""
+    before, x, y = TranslatorOfBefore().eval(), torch.randn(3, 9, 16), torch.randn(3, 7, 16)
+    config = hf.BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    given = {"input_ids": torch.randint(3, 64, (3, 9)), "decoder_input_ids": torch.randint(3, 64, (3, 7))}
+    now = rewrite(hf.BartModel(config).eval(), **given, use_cache=False, variant=variant)
+    result = rewrite(before, x, y, variant=variant)
+    facts = [
+        [(s.heads, s.kv_heads, s.head_dim, s.q_len, s.kv_len, s.mask, round(s.scale, 6)) for s in each.sites]
+        for each in (result, now)
+    ]
+    assert len(result.matches) == len(now.matches) == 6
+    assert facts[0] == facts[1]
+    check_equal(result.out, before(x, y))
+
+
+@EXACT
 def test_an_attention_function_never_loses_the_mask(rewrite: Rewrite, variant: str, tiny_lm: Any) -> None:
     """transformers#45811: a function registered without one for masks was given None instead of the mask."""
-    before = set(hf.AttentionInterface()), set(hf.AttentionMaskInterface())
+    before = dict(hf.AttentionInterface()), dict(hf.AttentionMaskInterface())
     ids = torch.randint(3, 128, (3, 9))
     tokens = torch.ones_like(ids)
     tokens[0, :4] = 0
@@ -497,4 +607,5 @@ def test_an_attention_function_never_loses_the_mask(rewrite: Rewrite, variant: s
         result = rewrite(model, input_ids=ids, attention_mask=tokens, use_cache=False, variant=variant)
         assert {site.mask for site in result.sites} == {Causal() & Padding()}
         assert close(result.out.logits, model(input_ids=ids, attention_mask=tokens, use_cache=False).logits)
-    assert (set(hf.AttentionInterface()), set(hf.AttentionMaskInterface())) == before, "nothing is registered"
+    after = dict(hf.AttentionInterface()), dict(hf.AttentionMaskInterface())
+    assert after == before, "nothing is registered, and nothing that was there is another function now"
