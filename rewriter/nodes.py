@@ -25,8 +25,11 @@ _BARRIERS = (
     _ATEN.convolution, _ATEN.conv2d, _ATEN.conv1d, _ATEN.scaled_dot_product_attention, _ATEN.rms_norm,
 )  # fmt: skip
 _SHAPED = _ATEN.view_as, _ATEN.reshape_as, _ATEN.expand_as, _ATEN.type_as
-_FILLED = _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.new_zeros, _ATEN.new_ones
-"""What asks other tensors, or all tensors, for their shapes and types alone."""
+_FILLED = (
+    _ATEN.sym_size, _ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.empty_like, _ATEN.new_zeros,
+    _ATEN.new_ones, _ATEN.new_full, _ATEN.new_empty,
+)  # fmt: skip
+"""What asks its second tensor, or its first one, for a shape and a type alone."""
 _HARMLESS = (_ATEN.detach_.default, _ATEN.requires_grad_.default)
 
 
@@ -175,8 +178,8 @@ def is_parameter(node: fx.Node) -> bool:
 
 def values_of(node: fx.Node) -> list[fx.Node]:
     """What a node has its values from, and not only its shape or type."""
-    kept = 1 if is_call(node, *_SHAPED) else 0 if is_call(node, *_FILLED) else None
-    return node.all_input_nodes[:kept]
+    sources = node.all_input_nodes
+    return sources[:1] if is_call(node, *_SHAPED) else sources[1:] if is_call(node, *_FILLED) else sources
 
 
 def mark_data(graph: fx.Graph) -> None:

@@ -1572,7 +1572,7 @@ def of_experts(gate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor
 def mean_place(x: Tensor, w: Tensor) -> Tensor:
     """Where in a map of 3 x 2 the products with learned points are large."""
     places = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(2.0), indexing="ij"), -1).flatten(0, 1)
-    return (w.sin() @ x.mT).softmax(-1) @ places
+    return (w.sin() @ x.mT).softmax(-1) @ (places + torch.full_like(x[0, :, :2], 0.5))
 
 
 def alike(compute: Callable[..., Any], inputs: Any = TOKENS) -> Any:
