@@ -184,12 +184,18 @@ def values_of(node: fx.Node) -> list[fx.Node]:
 
 def mark_data(graph: fx.Graph) -> None:
     """Note at every node whether its value depends on what the model is called with, beyond sizes and weights."""
+    views: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
             node.meta["from_data"] = is_tensor and not (node.meta.get("is_parameter") or node.meta.get("is_buffer"))
         else:
             node.meta["from_data"] = any(source.meta.get("from_data") for source in values_of(node))
+        if (own := storage(node)) is not None:
+            views.setdefault(own, []).append(node)
+        if node.meta["from_data"]:  # into an empty tensor, say, of which all is read that shares its storage
+            for each in (each for target in written(node) for each in views.get(storage(target) or 0, [])):
+                each.meta["from_data"] = True
 
 
 def depends_on_data(node: fx.Node) -> bool:

@@ -587,6 +587,12 @@ def static_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed(scores, values)
 
 
+def written_into(out: Tensor, t: Tensor) -> Tensor:
+    """A tensor in two parts, as rotations write it."""
+    out[..., :4], out[..., 4:] = t[..., :4] * 2, t[..., 4:]
+    return out
+
+
 def halo(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """HaloNet: blocks of 3 queries, each with the keys around it."""
     q = q.unflatten(2, (-1, 3))
@@ -644,6 +650,13 @@ BEFORE: Group = {
     "a cache in front": a(
         lambda q, k, v, ck, cv: plain(q, torch.cat([ck, k], 2), torch.cat([cv, v], 2)),
         more(qkv(), lambda b: torch.randn(b, 4, 5, 8), lambda b: torch.randn(b, 4, 5, 6)), q_len=S, kv_len=S + 5,
+    ),
+    "written into what was empty": a(
+        lambda q, k, v: plain(q, written_into(torch.empty_like(k), k), written_into(k.new_zeros(v.shape), v)),
+        qkv(v_width=8),
+    ),
+    "keys written into what was empty": a(
+        lambda q, k, v: plain(q, written_into(torch.empty_like(k), k), v), CROSS, kv_len=T
     ),
     "learned tokens in front": a(
         lambda q, k, v, *front: plain(
