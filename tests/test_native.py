@@ -168,6 +168,20 @@ def test_parts_are_equal() -> None:
     assert "3 equal parts" in str(refused)
 
 
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 40, 40), (2, 0, 40), (2, 40, 0), (2, 0, 0)])
+def test_nothing_to_see_or_nobody_to_look(batch: int, q_len: int, kv_len: int) -> None:
+    """As a model does whose text is empty: the process went down with a division by zero."""
+    query, key = torch.randn(batch, 4, q_len, 16), torch.randn(batch, 2, kv_len, 16)
+    for formula in (Formula(), Formula((near,), numbers={"window": 9}, sink=True)):
+        made = cpp.attention(formula, query, key, {})
+        assert not isinstance(made, Refusal), made
+        sink = torch.randn(4) if formula.sink else None
+        assert torch.equal(made(query, key, key, 0.25, sink=sink), torch.zeros_like(query))
+    with torch.no_grad():
+        out = variants()["sdpa"].build(SITE, {})(*(t.repeat(1, 1, 1, 3) for t in (query, key, key)), None, None)
+    assert out.shape == (batch, 4, q_len, 48) and not out.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_heads_are_taken_a_few_at_a_time(dtype: torch.dtype) -> None:
     """More than fit into what is packed together."""

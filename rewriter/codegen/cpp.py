@@ -126,6 +126,8 @@ class Attention:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, sink: Tensor | None = None, **tensors: Tensor
     ) -> Tensor:
         """Scale multiplies q k^T; `tensors` are those that the formula names."""
+        if not (query.numel() and key.numel()):  # nothing is seen, or nobody looks: there are no blocks to list
+            return query.new_zeros(*query.shape[:3], value.shape[3])
         spec = self.kernel.spec
         standing = placed(query, key, self.places)
         runs = lists_of(self.formula)(*standing, tensors, spec.listed, spec.block_n)

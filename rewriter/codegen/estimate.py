@@ -89,6 +89,8 @@ class EstimateKernel:
         if far.dtype != torch.int64 or far.shape != (q_blocks,) or bool(((far % PANEL != 0) | (far > kv_len)).any()):
             raise OptionError(f"{q_blocks} blocks look at keys up to a multiple of {PANEL} each, of {kv_len}")
         out = torch.zeros(batch, heads, q_blocks, k_blocks, dtype=torch.bool)
+        if 0 in (*out.shape, width):
+            return out
         every = [t.contiguous() for t in (query, key, q_step, threshold, k_step, constant, far)]
         pointers = [t.data_ptr() for t in (*every, out)]
         numbers = [batch, heads, kv_heads, q_len, kv_len, width, int(rounded)]

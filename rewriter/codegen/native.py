@@ -250,6 +250,8 @@ class Kernel:
         first, runs = first.expand(batch, heads, -1), runs.contiguous()
         # Rows of (B, S, H, D), as the projection that follows reads them.
         out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+        if 0 in (batch, heads, q_len, kv_len):
+            raise OptionError("a kernel needs queries and keys, at least one of each")
         sink = None if sink is None else sink.contiguous()
         if places is not None:
             q_len, kv_len = map(len, places)
