@@ -86,11 +86,12 @@ def broadcast_groups(heads: object, kv_heads: object) -> Axis | None:
 def read_ways(node: fx.Node, normaliser: Normaliser, up: Product, down: Product) -> Reading | Refusal:
     """An attention that is spelled out: from the product `up` through the normaliser `node` to the product `down`."""
     scores = _Scores(up)
-    reason = scores.follow(up.way) or scores.take(normaliser.hidden)
-    if reason is not None:
-        return reason
+    for reason in (scores.follow(up.way), scores.take(normaliser.hidden)):
+        if reason is not None:  # a refusal is falsy
+            return reason
     weights = _Weights(scores, node, normaliser)
-    return weights.follow(down.way, down.node) or weights.meet(down)
+    reason = weights.follow(down.way, down.node)
+    return reason if reason is not None else weights.meet(down)
 
 
 class _Carried:

@@ -21,7 +21,7 @@ from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, s
 from rewriter.codegen.implementation import Generated
 from rewriter.errors import OptionError
 from rewriter.guard import error, tolerance
-from rewriter.site import AttentionSite, Causal, Dense, Refusal
+from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal
 from rewriter.variant import variants
 from tests.formulas import alibi, near, same_segment
 
@@ -395,10 +395,10 @@ def test_a_compiled_graph_learns() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
 def test_the_operator() -> None:
-    implementation = variants()["sdpa"].build(SITE, {})
+    implementation = variants()["sdpa"].build(replace(SITE, mask=Full(), bias="dense"), {})
     operands = [torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3)]
     bias = torch.randn(64, 64, requires_grad=True)
-    given = (*operands, bias, torch.rand(1, 64) < 0.9, None, implementation.name)
+    given = (*operands, bias, None, None, implementation.name)  # a mask that is passed says all
     torch.library.opcheck(torch.ops.rewriter.attend.default, given)
     wanted = [*operands, bias]
     got = torch.autograd.grad(torch.ops.rewriter.attend(*given).square().sum(), wanted)
