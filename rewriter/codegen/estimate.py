@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rewriter.codegen.native import build, multiplies
+from rewriter.codegen.native import called, multiplies
 from rewriter.codegen.source import rendered
 from rewriter.errors import OptionError
 from rewriter.site import Refusal
@@ -32,15 +32,10 @@ def load(rows: int, keys: int) -> EstimateKernel | Refusal:
         return Refusal(f"blocks of {keys} keys do not fill products of {PANEL}")
     wide = not multiplies("bfloat16")
     title = f"{rows} queries x {keys} keys, products in {'float32' if wide else 'bfloat16'}"
-    library = build(rendered("estimate.cpp.jinja", title=title, rows=rows, keys=keys, wide=wide))
-    if isinstance(library, Refusal):
-        return library
-    try:
-        entry = ctypes.CDLL(str(library)).rewriter_estimate
-    except OSError as cause:
-        return Refusal(f"{library} cannot be loaded: {cause}")
-    entry.restype = ctypes.c_char_p
-    entry.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64)]
+    text = rendered("estimate.cpp.jinja", title=title, rows=rows, keys=keys, wide=wide)
+    entry = called(text, "rewriter_estimate")
+    if isinstance(entry, Refusal):
+        return entry
     return EstimateKernel(rows, keys, entry)
 
 

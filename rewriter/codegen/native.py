@@ -190,13 +190,29 @@ def load(spec: Spec) -> Kernel | Refusal:
 
 
 def _loaded(spec: Spec) -> ctypes.CDLL | Refusal:
-    library = build(source(spec))
+    return opened(source(spec))
+
+
+def opened(text: str) -> ctypes.CDLL | Refusal:
+    """The library of a source text, built if need be, in this process."""
+    library = build(text)
     if isinstance(library, Refusal):
         return library
     try:
         return ctypes.CDLL(str(library))
     except OSError as cause:
         return Refusal(f"{library} cannot be loaded: {cause}")
+
+
+def called(text: str, name: str) -> ctypes._NamedFuncPointer | Refusal:
+    """A function of such a library that takes a list of pointers and one of numbers, and returns what went wrong."""
+    library = opened(text)
+    if isinstance(library, Refusal):
+        return library
+    entry: ctypes._NamedFuncPointer = getattr(library, name)
+    entry.restype = ctypes.c_char_p
+    entry.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64)]
+    return entry
 
 
 @cache

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from rewriter.codegen.native import build
+from rewriter.codegen.native import called
 from rewriter.codegen.source import rendered
 from rewriter.errors import OptionError
 from rewriter.sampling import sampled
@@ -37,15 +37,9 @@ def load(head_dim: int) -> SamplingKernel | Refusal:
     """The kernel for heads of this size, built if need be. A refusal says what is missing."""
     if not 1 <= head_dim <= 512:
         return Refusal(f"heads of {head_dim} are outside of 1 to 512")
-    library = build(source(head_dim))
-    if isinstance(library, Refusal):
-        return library
-    try:
-        entry = ctypes.CDLL(str(library)).rewriter_sample
-    except OSError as cause:
-        return Refusal(f"{library} cannot be loaded: {cause}")
-    entry.restype = ctypes.c_char_p
-    entry.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64)]
+    entry = called(source(head_dim), "rewriter_sample")
+    if isinstance(entry, Refusal):
+        return entry
     return SamplingKernel(head_dim, entry)
 
 
