@@ -106,21 +106,20 @@ def judged(original: Measurement, candidate: Measurement | None, bound: float) -
     if not parts:
         return said(bound, "not probed: the original does not recall them")
     if candidate is None:
-        return Check(name=_NAME, bound=bound, drop=math.inf, held=False, note="the model failed on them")
+        return Check(name=RECALL.name, bound=bound, drop=math.inf, held=False, note="the model failed on them")
     after = _gains(candidate)
     worst = max(parts, key=lambda number: 1 - after[number] / before[number])
     drop = 1 - after[worst] / before[worst]
     note = f"at {_PARTS[worst]:.3g} of the text, where a pair adds {before[worst]:.2g} nats"
-    return Check(name=_NAME, bound=bound, drop=drop, held=drop <= bound, note=note)
+    return Check(name=RECALL.name, bound=bound, drop=drop, held=drop <= bound, note=note)
 
 
-_NAME = "recall of planted pairs"
 TOO_SHORT = f"not probed: it takes held-out texts of at least {_SHORTEST} tokens, without padding and of many words"
 
 
 def said(bound: float, note: str) -> Check:
     """Nothing could be measured."""
-    return Check(name=_NAME, bound=bound, note=note)
+    return Check(name=RECALL.name, bound=bound, note=note)
 
 
 def _gains(found: Measurement) -> list[float]:

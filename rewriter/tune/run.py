@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -151,8 +151,12 @@ class Prepared:
         if not self.planted:
             return None if self.planted is None else probes.said(bound, probes.TOO_SHORT)
         self.request.progress("probe recall", 0, None)
-        scores = self.scores_on(self.planted, probes.RECALL)
-        return probes.judged(scores.original(), scores.of(plan), bound)
+        return probes.judged(self._on_planted.original(), self._on_planted.of(plan), bound)
+
+    @cached_property
+    def _on_planted(self) -> Scores:
+        """One for all plans, so that the original is measured once even where no cache is believed."""
+        return self.scores_on(self.planted or (), probes.RECALL)
 
     def compared(self, plans: Sequence[Any], batch: Batch, measure: Callable[[], list[float]]) -> Sequence[float]:
         """What plans cost end to end, which are named in plain values. As all that decides, it is remembered; what a
