@@ -23,13 +23,15 @@ from rewriter.verdict import Check
 
 _PARTS = (1 / 8, 1 / 4, 1 / 2, 1)
 """The distances, in parts of the text before the questions."""
-_PAIRS = 2
-"""Of each distance in one text."""
-_TEXTS = 6
+_ENOUGH = 12
+"""Pairs at each distance, over all rows of all texts."""
+_FEWEST, _MOST = 2, 8
+"""Pairs at each distance in one row."""
 _SHORTEST = 64
+_TOKENS_A_PAIR = 64
+"""More tokens than these for each pair at a distance leave the text what it was."""
 _LEAST = 0.5
 """Nats of gain on average below which the original itself does not recall."""
-_QUESTIONS = len(_PARTS) * _PAIRS
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Planted:
 
 
 def _asked(outputs: Any, reference: Any, batch: Batch) -> list[tuple[float, float]]:
-    """For each question the log-probability (nats) of what is wanted, summed over the rows, and their number."""
+    """For each distance the log-probability (nats) of what is wanted, summed over rows and pairs, and their number."""
     asked, logits = batch.source, logits_of(outputs)
     assert isinstance(asked, Planted)
-    sums = asked.of(logits.float().log_softmax(-1)).sum(0)
-    return [(total, float(len(logits))) for total in sums.tolist()]
+    found = asked.of(logits.float().log_softmax(-1))
+    return [(float(part.sum()), float(part.numel())) for part in found.chunk(len(_PARTS), dim=1)]
 
 
 RECALL = Metric(name="recall of planted pairs", higher_is_better=True, score=_asked)
@@ -67,30 +69,43 @@ def planted(batches: Sequence[Batch], seed: int) -> list[Batch]:
     """
     suited = [batch for batch in batches if _is_suited(batch)]
     generator = random.Random(seed)
-    chosen = [suited[n] for n in sorted(generator.sample(range(len(suited)), min(_TEXTS, len(suited))))]
+    generator.shuffle(suited)
     vocabulary = sorted({token for batch in suited for token in _ids(batch).unique().tolist()})
-    found: list[Batch] = []
-    for batch in chosen:
-        ids = _ids(batch)
-        here = set(ids.unique().tolist())
-        new = [token for token in vocabulary if token not in here]
-        pool = new if len(new) >= 2 * _QUESTIONS else vocabulary
-        if len(pool) < 2 * _QUESTIONS:
+    found, pairs = list[Batch](), 0
+    for batch in suited:
+        texts = _with_pairs(batch, vocabulary, generator)
+        if texts is None:
             continue
-        before = ids.shape[1] - _QUESTIONS
-        with_pairs, without = ids.clone(), ids.clone()
-        wanted = torch.empty(len(ids), _QUESTIONS, dtype=torch.long)
-        for row in range(len(ids)):
-            tokens = generator.sample(pool, 2 * _QUESTIONS)
-            for question, (first, second) in enumerate(zip(tokens[::2], tokens[1::2], strict=True)):
-                part, number = divmod(question, _PAIRS)
-                place = before - int(before * _PARTS[part]) + 2 * number
-                with_pairs[row, place], with_pairs[row, place + 1] = first, second
-                with_pairs[row, before + question] = without[row, before + question] = first
-                wanted[row, question] = second
-        asked = Planted(torch.arange(before, ids.shape[1]), wanted)
-        found += [_with_ids(batch, each, asked) for each in (with_pairs, without)]
+        found += texts
+        pairs += texts[0].source.wanted.numel() // len(_PARTS)
+        if pairs >= _ENOUGH:
+            break
     return found
+
+
+def _with_pairs(batch: Batch, vocabulary: Sequence[int], generator: random.Random) -> tuple[Batch, Batch] | None:
+    """The batch with pairs and without them; None where there are too few tokens to choose from."""
+    ids = _ids(batch)
+    here = set(ids.unique().tolist())
+    new = [token for token in vocabulary if token not in here]
+    pairs = min(max(ids.shape[1] // _TOKENS_A_PAIR, _FEWEST), _MOST)
+    questions = len(_PARTS) * pairs
+    pool = new if len(new) >= 2 * questions else vocabulary
+    if len(pool) < 2 * questions:
+        return None
+    before = ids.shape[1] - questions
+    planted, without = ids.clone(), ids.clone()
+    wanted = torch.empty(len(ids), questions, dtype=torch.long)
+    for row in range(len(ids)):
+        tokens = generator.sample(pool, 2 * questions)
+        for question, (first, second) in enumerate(zip(tokens[::2], tokens[1::2], strict=True)):
+            part, number = divmod(question, pairs)
+            place = before - int(before * _PARTS[part]) + 2 * number
+            planted[row, place], planted[row, place + 1] = first, second
+            planted[row, before + question] = without[row, before + question] = first
+            wanted[row, question] = second
+    asked = Planted(torch.arange(before, ids.shape[1]), wanted)
+    return _with_ids(batch, planted, asked), _with_ids(batch, without, asked)
 
 
 def gain(original: Measurement) -> float:
@@ -124,8 +139,8 @@ def said(bound: float, note: str) -> Check:
 
 def _gains(found: Measurement) -> list[float]:
     """The mean gain at each distance, in nats."""
-    sums, rows = (torch.tensor(each, dtype=torch.float64) for each in zip(*found.samples, strict=True))
-    means = (sums / rows).view(-1, 2, len(_PARTS), _PAIRS).mean((0, 3))
+    sums, pairs = (torch.tensor(each, dtype=torch.float64) for each in zip(*found.samples, strict=True))
+    means = sums.view(-1, 2, len(_PARTS)).sum(0) / pairs.view(-1, 2, len(_PARTS)).sum(0)
     gains: list[float] = (means[0] - means[1]).tolist()
     return gains
 

@@ -57,15 +57,15 @@ def check(window: int, batches: list[Batch], bound: float = 0.1) -> Check:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_pairs_stand_at_their_distances_and_are_asked_for_at_the_end(rows: int) -> None:
     planted = probes.planted(texts(rows=rows), 3)
-    assert len(planted) == 12
+    assert len(planted) == {1: 8, 3: 4}[rows], "twelve pairs at each distance, three in a row of a text"
     for pairs, without in zip(planted[::2], planted[1::2], strict=True):
         ids, plain = pairs.args[0], without.args[0]
-        before = ids.shape[1] - 8
-        assert asked(pairs).places.tolist() == list(range(before, before + 8))
+        before = ids.shape[1] - 12
+        assert asked(pairs).places.tolist() == list(range(before, before + 12))
         assert torch.equal(ids[:, before:], plain[:, before:]), "the same questions"
         for row in range(rows):
             planted_at = (ids[row] != plain[row]).nonzero().flatten().tolist()
-            assert planted_at == [0, 1, 2, 3, 96, 97, 98, 99, 144, 145, 146, 147, 168, 169, 170, 171]
+            assert planted_at == [start + n for start in (0, 94, 141, 165) for n in range(6)]
             found = {int(ids[row, n]): int(ids[row, n + 1]) for n in planted_at[::2]}
             questions, wanted = ids[row, before:].tolist(), asked(pairs).wanted[row].tolist()
             assert [found[q] for q in questions] == wanted
@@ -94,6 +94,11 @@ def test_a_model_that_recalls_nothing_is_not_probed() -> None:
 def test_a_candidate_that_fails_has_lost_all() -> None:
     found = probes.judged(evaluate(probes.RECALL, Copying(), probes.planted(texts(), 0)), None, 0.1)
     assert not found.held and found.drop == math.inf
+
+
+def test_long_texts_hold_more_pairs_so_that_fewer_are_run() -> None:
+    (pairs, _) = planted = probes.planted(texts(rows=2, length=1000, words=3000), 0)
+    assert len(planted) == 2 and asked(pairs).wanted.shape == (2, 32)
 
 
 def test_what_nothing_can_be_planted_in() -> None:

@@ -274,7 +274,8 @@ class Tuning:
 
     def _reserve(self, scores: Scores) -> float:
         """Seconds that a further trial and what comes after the search will take."""
-        return 3 * scores.seconds_a_batch * len(scores.batches)
+        planted = self.recall.scores.batches if self.recall is not None else ()
+        return 3 * scores.seconds_a_batch * (len(scores.batches) + len(planted))
 
     def draw_front(self, bound: float, chosen: Solution, scores: Scores | None, original: Measurement | None) -> None:
         """The cheapest plans of rising budgets, and the chosen one; measured where `scores` are given."""
