@@ -23,13 +23,15 @@ from rewriter.guard import outputs_of
 from rewriter.instances import Names
 from rewriter.metrics import Metric
 from rewriter.passes import Rewrite, rewritten
-from rewriter.plan import Plan, check_guard, check_model
+from rewriter.plan import Plan
+from rewriter.plan_check import check_guard, check_model, read_plan
 from rewriter.report import Report
-from rewriter.select import Selector, read_plan
+from rewriter.select import Selector
 from rewriter.session import Session, adopt, install, new_session, route, session_of, uninstall
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress
-from rewriter.tune.run import Request, tuned, untuned, validated
+from rewriter.tune.request import Request
+from rewriter.tune.run import tuned, untuned, validated
 from rewriter.tune.search import no_attention
 from rewriter.verdict import Limits
 

@@ -17,8 +17,9 @@ from rewriter.capture import Graph
 from rewriter.errors import OptionError, RewriterError
 from rewriter.instances import Frames, Inputs, Names, Run, served
 from rewriter.passes import Rewrite, captured, rewritten
-from rewriter.plan import GOALS, check_guard
-from rewriter.select import Selector, read_plan
+from rewriter.plan import GOALS
+from rewriter.plan_check import check_guard, read_plan
+from rewriter.select import Selector
 from rewriter.site import AttentionSite, Refusal
 from rewriter.variant import variants
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from rewriter.errors import PlanError
-from rewriter.fingerprint import differences, fingerprint
+from rewriter.fingerprint import fingerprint
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, variants
@@ -257,38 +257,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_MEASURE = "tune again, or have it measured with optimize(model, calibration, plan=plan) or convert --revalidate"
-
-
-def check_judged(plan: Plan) -> None:
-    """Raises PlanError where the guard measured other decisions than the plan holds."""
-    if plan.guard is not None and plan.judged != decided(plan.decisions):
-        raise PlanError(f"the plan was edited by hand, and its guard measured other decisions; {_MEASURE}")
-
-
-def check_guard(plan: Plan) -> None:
-    """Raises PlanError where the guard measured other decisions, or did not find them within the bound."""
-    check_judged(plan)
-    if plan.guard is not None and plan.guard.get("held") is not True:
-        raise PlanError(f"the guard did not find this plan within its bound; {_MEASURE}")
-
-
-def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> dict[str, Any]:
-    """The model's fingerprint. Raises PlanError where the plan is not for this model: another structure, or, when the
-    plan holds decisions that are not exact, other weights (their effect on the accuracy was measured on those).
-    """
-    ours, theirs = fingerprint(model, plan.model.get("written", ())), plan.model
-    found = differences(ours, theirs)
-    detail = f": {'; '.join(found[:3])}{f'; and {len(found) - 3} more' if len(found) > 3 else ''}" if found else ""
-    if ours["structure"] != theirs["structure"]:
-        raise PlanError(
-            f"the plan is for another model, of {theirs['tensors']} tensors with {theirs['values']:,} values, where "
-            f"this one has {ours['tensors']} with {ours['values']:,}{detail}; tune this model"
-        )
-    if check_weights and plan.fidelity != "exact" and ours["weights"] != theirs["weights"]:
-        raise PlanError(
-            f"the plan is for other weights of this architecture, and its accuracy was measured on those{detail}; tune "
-            "again, have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
-            "apply(..., check_weights=False)"
-        )
-    return ours
+def module_name(path: str) -> str:
+    """A path as the name of a submodule, which cannot hold dots."""
+    return path.replace(".", "__") or "root"

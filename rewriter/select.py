@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rewriter import debug
-from rewriter.errors import OptionError, PlanError
-from rewriter.guard import error, tolerance
+from rewriter.errors import PlanError, brief
+from rewriter.exact import decide_exact, doubt_of
 from rewriter.mixture import ByHeads, ByLength, Outside, of_heads
-from rewriter.plan import FIDELITIES, GOALS, Decision, HeadGroup, Plan, own_version
+from rewriter.plan import Decision, HeadGroup, Plan, module_name, own_version
+from rewriter.plan_check import variant_named
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
 from rewriter.sampled import SampledMatch
-from rewriter.sampling import sampled, samples_for
-from rewriter.settings import known_settings, wrong_setting
 from rewriter.site import POSITIONAL, AttentionSite, Causal, Full, Padding, Refusal
 from rewriter.target import Target
-from rewriter.testing import brute_force, inputs
-from rewriter.tune.measure import SiteBench
-from rewriter.variant import ORIGINAL, Config, Implementation, Variant, variants
-
-NOMINAL_TOKENS = 1024
-"""Sites captured on a shorter sequence than this are measured at this length: a dummy input says nothing of use."""
-WORTH_IT = 0.97
-"""A candidate must need at most this part of the original's time (or memory): less is noise."""
-_SECONDS_A_SITE = 1.0
-_SMALL = (150, 67)
-"""Tokens of the input on which an exact candidate is compared with the definition."""
-
-_MEASURED: dict[tuple[object, ...], Decision] = {}
-_LOCK = threading.Lock()
+from rewriter.variant import ORIGINAL, Implementation
 
 
 @dataclass
@@ -155,7 +137,7 @@ class Selector:
         assert isinstance(region, Region), "only proved matches are decided"
         place = (region.identity(), decision.named, str(decision.heads), str(decision.config))
         if place not in self._checked:
-            self._checked[place] = _checked(region, decision, standing, self.goal)
+            self._checked[place] = doubt_of(region, decision, standing, self.goal)
         return self._checked[place]
 
     @property
@@ -205,79 +187,6 @@ def _within(length: int, lengths: tuple[int, int]) -> bool:
     return lengths[0] <= length <= lengths[1]
 
 
-def module_name(path: str) -> str:
-    """A path as the name of a submodule, which cannot hold dots."""
-    return path.replace(".", "__") or "root"
-
-
-def variant_named(name: str) -> Variant:
-    """The variant, or a `PlanError` that names what is missing."""
-    found = variants().get(name)
-    if found is None:
-        raise PlanError(f"the plan uses the variant {name!r}, which is not installed; known: {', '.join(variants())}")
-    return found
-
-
-def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
-    """A plan or its file that makes sense: its variants are installed, are what it says they are and have the settings
-    that it gives them. Raises PlanError.
-    """
-    if isinstance(plan, (str, os.PathLike)):
-        plan = Plan.load(plan)
-    if not isinstance(plan, Plan):
-        raise OptionError(f"plan is a rewriter.Plan or the path of its file, not a {type(plan).__name__}")
-    if plan.goal not in GOALS:
-        raise PlanError(f"the plan is for the goal {plan.goal!r:.40}, not one of {', '.join(GOALS)}; tune again")
-    device = plan.target.get("device", "cpu")
-    try:
-        torch.device(device if isinstance(device, str) else "")
-    except RuntimeError as cause:
-        raise PlanError(f"the plan was made for {device!r:.40}, which is no device; tune again") from cause
-    for decision in plan.decisions:
-        fidelity = max((variant_named(name).fidelity for name in decision.named), key=FIDELITIES.index)
-        if decision.variant != ORIGINAL and fidelity != decision.fidelity:
-            raise PlanError(
-                f"the plan calls {decision.variant} at {decision.path} {decision.fidelity}, and it is {fidelity}; "
-                "tune again"
-            )
-        if variant_named(decision.otherwise).fidelity != "exact":
-            raise PlanError(
-                f"the plan runs {decision.otherwise} at {decision.path} where nothing was measured, and "
-                "it is not exact; tune again"
-            )
-        prefix = module_name(decision.path) + "."
-        fitted = plan.guard is None or any(name.startswith(prefix) for name in plan.state)
-        if decision.fidelity == "learned" and not fitted:
-            raise PlanError(f"the plan has no parameters for {decision.variant} at {decision.path}; tune again")
-    for decision in {(d.site, d.variant, str(d.config), str(d.heads)): d for d in plan.decisions}.values():
-        _check_settings(decision)
-    return plan
-
-
-def _check_settings(decision: Decision) -> None:
-    where = f"the plan's decision at {decision.path or '<root>'}"
-    groups = decision.heads or (HeadGroup(heads=(), variant=decision.variant, config=decision.config),)
-    try:
-        site = AttentionSite.parse(decision.site, decision.path)
-        target = Target.current(site.device)
-        known = [known_settings(variant_named(group.variant), site, target) for group in groups]
-    except Exception as error:
-        raise PlanError(f"{where} is for {decision.site!r:.40}, which is no attention; tune again") from error
-    heads = sorted(head for group in decision.heads for head in group.heads)
-    if heads and (len(heads) != site.kv_heads or heads != list(range(len(heads)))):
-        raise PlanError(f"{where} does not hold each of its {site.kv_heads} heads once; tune again")
-    if heads and (decision.config or decision.fidelity == "learned"):
-        raise PlanError(f"{where} has settings or a learned variant, which heads that differ cannot have; tune again")
-    for group, settings in zip(groups, known, strict=True):
-        if wrong := wrong_setting(group.config, settings):
-            raise PlanError(f"{where} cannot be taken: {group.variant} {wrong}; tune again")
-
-
-def brief(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def fits(site: AttentionSite, key: str) -> bool:
     """Is a call of this site one that a decision for `key` was made for?
 
@@ -291,155 +200,3 @@ def fits(site: AttentionSite, key: str) -> bool:
         if site.single_query_decode:
             masks |= {Causal(0), Causal(0) & Padding(), Full()}
     return any(dataclasses.replace(site, mask=mask).key() == key for mask in masks)
-
-
-def candidates(
-    site: AttentionSite, target: Target, allowed: frozenset[str] | None, fidelities: frozenset[str]
-) -> tuple[list[tuple[Variant, Config]], dict[str, str]]:
-    """(variant, config) pairs that apply, and the sentences of those that do not."""
-    found: list[tuple[Variant, Config]] = []
-    refused: dict[str, str] = {}
-    for name, variant in variants().items():
-        if name == ORIGINAL or not variant.concerns(site):
-            continue
-        if allowed is not None and name not in allowed:
-            refused[name] = "not among the variants asked for"
-        elif variant.fidelity not in fidelities:
-            refused[name] = _NOT_NOW[variant.fidelity]
-        elif isinstance(answer := variant.takes(site, target), Refusal):
-            refused[name] = answer.reason
-        else:
-            configs = list(variant.configs(site, target))
-            found += [(variant, config) for config in configs]
-            if not configs:
-                refused[name] = "no setting of it makes sense at this size"
-    return found, refused
-
-
-_NOT_NOW = {
-    "exact": "not an approximation",
-    "approximate": "changes the result, and there is no calibration data to bound the change",
-    "learned": "has parameters to fit: ask for it by name, with calibration data",
-}
-
-
-def bench(region: Region) -> SiteBench:
-    """The region at its own size, or at a nominal one where it was captured on less."""
-    q_len, kv_len = region.lengths
-    sizes = region.resized(NOMINAL_TOKENS, NOMINAL_TOKENS) if q_len == kv_len < NOMINAL_TOKENS else {}
-    if sizes:
-        try:
-            resized = SiteBench(region, sizes)
-            resized.original()
-            return resized
-        except (RuntimeError, IndexError, ValueError):
-            pass  # A size depends on the length in a way of its own.
-    return SiteBench(region, {})
-
-
-def decide_exact(match: Match | SampledMatch, goal: str, allowed: frozenset[str] | None) -> Decision:
-    """The fastest exact implementation for a site, by measurement; equal sites are measured once in a process."""
-    site = match.site
-    region = region_of(match)
-    assert isinstance(region, Region), "only proved matches are decided"
-    builders = tuple((name, v.build) for name, v in variants().items() if allowed is None or name in allowed)
-    identity = (site.key(), region.identity(), goal, builders)
-    with _LOCK:
-        if identity not in _MEASURED:
-            _MEASURED[identity] = _measure_exact(region, goal, allowed)
-    return dataclasses.replace(_MEASURED[identity], path=site.path)
-
-
-def _measure_exact(region: Region, goal: str, allowed: frozenset[str] | None) -> Decision:
-    site, target = region.match.site, Target.current(region.match.site.device)
-    found, refused = candidates(site, target, allowed, frozenset({"exact"}))
-    trial = bench(region) if found else None
-    built = working(trial, found, refused) if trial else []
-    keep = Decision(
-        path=site.path, site=site.key(), variant=ORIGINAL, config={}, fidelity="exact", refused=refused,
-        reason="no other exact implementation applies here", evidence={},
-    )  # fmt: skip
-    if trial is None or not built:
-        return keep
-    costs = trial.compare([implementation for _, _, implementation in built], goal=goal, budget=_SECONDS_A_SITE)
-    unit = "bytes" if goal == "memory" else "ms"
-    best = min(range(len(built)), key=lambda i: costs[i + 1])
-    variant, config, _ = built[best]
-    part = costs[best + 1] / max(costs[0], 1e-9)
-    evidence = {f"original_{unit}": costs[0], f"candidate_{unit}": costs[best + 1]}
-    if part > WORTH_IT:
-        reason = f"no gain here, left as it is: {variant.name} took {part:.2f} of its {unit}"
-        return dataclasses.replace(keep, reason=reason, evidence=evidence)
-    return dataclasses.replace(
-        keep, variant=variant.name, config=config, evidence=evidence,
-        reason=f"exact, and needs {part:.2f} of the original's {unit}",
-    )  # fmt: skip
-
-
-def _checked(region: Region, decision: Decision, standing: Implementation, goal: str) -> str:
-    """Is it still what its definition says (exact ones: what the site computes), and no slower than the original?"""
-    if decision.fidelity == "learned":
-        return ""  # its parameters are its definition
-    for group in decision.heads or (HeadGroup(heads=(), variant=decision.variant, config=decision.config),):
-        variant, site = variant_named(group.variant), region.match.site
-        difference = _difference(variant.build(site, group.config), site, variant, group.config)
-        if difference > tolerance(site.torch_dtype):
-            return f"differs by {difference:.3g} from its definition here"
-    original, result = bench(region).compare([standing], goal=goal, budget=_SECONDS_A_SITE)
-    return f"took {result / original:.2f} of the original's cost here" if result > original else ""
-
-
-Built = tuple[Variant, Config, Implementation]
-
-
-def working(
-    trial: SiteBench,
-    found: Sequence[tuple[Variant, Config]],
-    refused: dict[str, str],
-    over: Callable[[], bool] = lambda: False,
-) -> list[Built]:
-    """The candidates that can be built and run here, and are exact if they say so. The others go to `refused`, as do
-    approximate ones that have not been tried when time is `over`.
-
-    Nothing is timed before it is right.
-    """
-    built: list[Built] = []
-    for variant, config in found:
-        if variant.fidelity != "exact" and over():
-            refused.setdefault(variant.name, "no time was left to try it")
-            continue
-        try:
-            implementation = variant.build(trial.site, config)
-            if isinstance(implementation, nn.Module):
-                implementation.to(trial.site.device)
-            trial.runner(implementation)()
-            difference = _difference(implementation, trial.site) if variant.fidelity == "exact" else 0.0
-        except Exception as failure:
-            refused[variant.name] = f"failed here: {brief(failure)}"
-            continue
-        if difference <= tolerance(trial.site.torch_dtype):
-            built.append((variant, config, implementation))
-        else:
-            refused[variant.name] = f"not exact here: its result differs by {difference:.3g}"
-    return built
-
-
-def _difference(
-    implementation: Implementation, site: AttentionSite, variant: Variant | None = None, config: Config | None = None
-) -> float:
-    """How far an implementation is from the site's definition, or from that of an approximate variant, on a small
-    input; 0 where dropout makes it random.
-    """
-    if site.dropout_p > 0:
-        return 0.0
-    if site.samples is not None:
-        given: Any = samples_for(site.sized(batch=2, q_len=_SMALL[1], kv_len=_SMALL[0]))
-        with torch.no_grad():
-            return error(implementation(*given), sampled(*given))
-    q_len = 1 if site.q_len == 1 else _SMALL[site.q_len is not None and site.q_len != site.kv_len]
-    small = site.sized(batch=2, q_len=q_len, kv_len=_SMALL[0])
-    tensors = inputs(small, seed=0)
-    with torch.no_grad():
-        if variant is not None and variant.fidelity == "approximate":
-            return error(implementation(*tensors), variant.reference(*tensors, small, config))
-        return error(implementation(*tensors), brute_force(*tensors, site=small))

@@ -17,9 +17,8 @@ from rewriter.capture import capture_errors, compiled
 from rewriter.errors import CaptureError, OptionError
 from rewriter.fingerprint import fingerprint
 from rewriter.instances import Names
-from rewriter.plan import Plan, decided
+from rewriter.plan import Plan, decided, module_name
 from rewriter.report import Report, Timing
-from rewriter.select import module_name
 from rewriter.target import Target
 
 SUBMODULE = "rewriter"

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import select
+from rewriter import exact
 from rewriter.errors import CalibrationError, CaptureError, MetricError, NoAttentionError, OptionError, PlanError
 from rewriter.guard import error, tolerance
 from rewriter.kernels.exact.sdpa import VARIANT as SDPA
 from rewriter.plan import Plan
 from rewriter.report.candidates import candidates
-from rewriter.tune import measure, run
+from rewriter.tune import measure, whole
 from rewriter.tune.measure import SiteBench
 from rewriter.variant import Variant, variants
 
@@ -136,8 +136,8 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
             return [1.0] + [site] * len(implementations)
 
         monkeypatch.setattr(SiteBench, "compare", compare)
-        monkeypatch.setattr(run, "alternate", lambda functions, **options: [[1.0], [end_to_end]])
-        monkeypatch.setattr(select, "_MEASURED", {})
+        monkeypatch.setattr(whole, "alternate", lambda functions, **options: [[1.0], [end_to_end]])
+        monkeypatch.setattr(exact, "_MEASURED", {})
 
     cost(0.5, 0.5)
     return cost
@@ -152,7 +152,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         monkeypatch.setattr(SiteBench, "__init__", forbidden)
-        for module in (measure, run):
+        for module in (measure, whole):
             monkeypatch.setattr(module, "alternate", forbidden)
             monkeypatch.setattr(module, "peak_memory", forbidden)
 
@@ -409,7 +409,7 @@ def test_no_gain_of_the_whole(costs: Any) -> None:
 
 def test_the_goal_can_be_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(select, "_MEASURED", {})
+    monkeypatch.setattr(exact, "_MEASURED", {})
     model = rewriter.optimize(Net().eval(), example=data(1024, 1), goal="memory")
     plan, report = rewriter.plan_of(model), rewriter.report_of(model)
     assert plan is not None and report is not None and plan.goal == "memory"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rewriter
-from rewriter import select
+from rewriter import exact, select
 from rewriter.errors import OptionError, PlanError
 from rewriter.guard import error, tolerance
 from rewriter.site import Dense
@@ -186,7 +186,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SiteBench, "compare", lambda self, found, **options: [1.0] + [0.5] * len(found))
-    monkeypatch.setattr(select, "_MEASURED", {})
+    monkeypatch.setattr(exact, "_MEASURED", {})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from rewriter.demo.assets import ENCODER, TEXTS, Package, encoder_folder, news_l
 from rewriter.errors import OptionError
 from rewriter.metrics import BUILT_IN
 from rewriter.session import session_of
-from rewriter.tune import measure, record, run
+from rewriter.tune import measure, record, whole
 from rewriter.tune.search import MARGIN
 from rewriter.tune.solve import Choice, Column, Solution, Table, effect_of
 
@@ -62,7 +62,7 @@ def window_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measure.SiteBench, "compare", lambda self, built, **_: [9.0 - 2 * n for n in range(len(built) + 1)]
     )
-    monkeypatch.setattr(run, "_costs", lambda runs, request: [4.0, 2.0, 3.0][: len(runs)])
+    monkeypatch.setattr(whole, "costs_of", lambda runs, request: [4.0, 2.0, 3.0][: len(runs)])
 
 
 def ran(outcome: str = "approximate", drop: float = 0.005, faster: float = 2.0, model: str = "a") -> Run:

@@ -490,7 +490,7 @@ def test_places_that_are_changed_below_are_refused() -> None:
 @pytest.fixture
 def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a measurement may say anything."""
-    monkeypatch.setattr("rewriter.select.WORTH_IT", math.inf)
+    monkeypatch.setattr("rewriter.exact.WORTH_IT", math.inf)
 
 
 def test_optimize_decides_reports_and_gives_back(tmp_path: Path, always_worth_it: None) -> None:

@@ -20,7 +20,8 @@ from torch import nn
 from rewriter import planfile
 from rewriter.errors import OutputError, PlanError
 from rewriter.fingerprint import fingerprint
-from rewriter.plan import FORMAT, MIXED, Decision, HeadGroup, Plan, Tried, check_guard, check_model, decided
+from rewriter.plan import FORMAT, MIXED, Decision, HeadGroup, Plan, Tried, decided
+from rewriter.plan_check import check_guard, check_model
 
 
 class Model(nn.Module):

@@ -428,7 +428,7 @@ class Mixed(nn.Module):
 
 def test_a_site_that_is_refused_beside_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """SageAttention#134: one site that a kernel has not, and the whole model failed. Each has its own fallback."""
-    monkeypatch.setattr("rewriter.select.WORTH_IT", math.inf)  # on a busy machine a measurement may say anything
+    monkeypatch.setattr("rewriter.exact.WORTH_IT", math.inf)  # on a busy machine a measurement may say anything
     model, x = Mixed().requires_grad_(False), torch.randn(1, 512, 5, 3)
     module = rewriter.optimize(torch.export.export(model, (x,)))
     plan = rewriter.plan_of(module)

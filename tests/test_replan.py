@@ -18,7 +18,7 @@ from rewriter.errors import CalibrationError, GuardError, PlanError
 from rewriter.guard import error
 from rewriter.mixture import ByHeads
 from rewriter.plan import Plan
-from rewriter.tune import record, run
+from rewriter.tune import record, whole
 from rewriter.tune.measure import SiteBench
 from rewriter.tune.scores import Scores
 from rewriter.tune.search import Tuning
@@ -59,7 +59,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return [[0.1], [table["result"] / 1000], [0.09]][: len(functions)]
 
     monkeypatch.setattr(SiteBench, "compare", compare)
-    monkeypatch.setattr(run, "alternate", alternate)
+    monkeypatch.setattr(whole, "alternate", alternate)
     return table
 
 

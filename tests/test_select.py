@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import select
+from rewriter import exact
+from rewriter.candidates import candidates
 from rewriter.capture import exported
 from rewriter.detect import detect
 from rewriter.errors import OptionError, PlanError
+from rewriter.exact import bench, decide_exact
 from rewriter.kernels.exact.sdpa import VARIANT as SDPA
-from rewriter.plan import MIXED, Decision, HeadGroup, Plan
+from rewriter.plan import MIXED, Decision, HeadGroup, Plan, module_name
+from rewriter.plan_check import read_plan
 from rewriter.raising import Match
 from rewriter.region import Region
-from rewriter.select import Selector, bench, candidates, decide_exact, fits, module_name, read_plan
+from rewriter.select import Selector, fits
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Padding, SlidingWindow
 from rewriter.target import Target
 from rewriter.tune.measure import SiteBench
@@ -82,7 +85,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return [4.0] + [2.0] * len(implementations)
 
     monkeypatch.setattr(SiteBench, "compare", compare)
-    monkeypatch.setattr(select, "_MEASURED", {})
+    monkeypatch.setattr(exact, "_MEASURED", {})
     return seen
 
 
@@ -226,7 +229,7 @@ def test_short_captures_are_measured_at_a_nominal_length() -> None:
         assert shape[:2] == (1, 4) and shape[3] == 8
         return int(shape[2])
 
-    assert length(24) == select.NOMINAL_TOKENS and length(1500) == 1500
+    assert length(24) == exact.NOMINAL_TOKENS and length(1500) == 1500
     assert length(8) == 8, "as many tokens as a head is wide: which is which is not known"
 
 

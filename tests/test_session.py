@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter import select, session
+from rewriter import exact, session
 from rewriter.errors import CaptureError
 from rewriter.guard import error, tolerance
 from rewriter.session import route, session_of
@@ -37,7 +37,7 @@ def data(length: int = 24) -> Tensor:
 @pytest.fixture(autouse=True)
 def costs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(SiteBench, "compare", lambda self, found, **options: [1.0] + [0.5] * len(found))
-    monkeypatch.setattr(select, "_MEASURED", {})
+    monkeypatch.setattr(exact, "_MEASURED", {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -23,7 +23,7 @@ from rewriter.kernels.local.sliding_window import VARIANT as WINDOW
 from rewriter.mixture import ByHeads
 from rewriter.plan import Plan
 from rewriter.session import Learned
-from rewriter.tune import deadline, measure, predict, run
+from rewriter.tune import deadline, measure, predict, prepare, whole
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench, alternate, medians, peak_memory
 from rewriter.tune.search import Tuning
@@ -123,7 +123,7 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(SiteBench, "compare", compare)
     monkeypatch.setattr(
-        run,
+        whole,
         "alternate",
         lambda functions, **options: [[0.1], [table["result"] / 1000], [table["exact"] / 1000]][: len(functions)],
     )
@@ -171,7 +171,7 @@ def test_what_an_average_does_not_show_is_probed(
     search avoids what it knows of; on held-out data it is asked again.
     """
     if not known:
-        monkeypatch.setattr(run, "Recall", lambda *_: None)
+        monkeypatch.setattr(prepare, "Recall", lambda *_: None)
     batches = [{"input_ids": t.args[0]} for t in texts(12, length=LENGTH)]
     model = rewriter.optimize(Copying(), batches, max_drop=0.5, worst_drop=9.0, recall_drop=recall_drop)
     report = rewriter.report_of(model)
@@ -410,7 +410,7 @@ def test_the_seed_decides_what_is_held_out() -> None:
 
 def test_a_small_time_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets: list[float] = []
-    timed, compared = run.alternate, SiteBench.compare
+    timed, compared = whole.alternate, SiteBench.compare
 
     def compare(self: SiteBench, implementations: Sequence[Any], *, goal: str, budget: float) -> list[float]:
         budgets.append(budget)
@@ -424,7 +424,7 @@ def test_a_small_time_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the time was over")
 
     monkeypatch.setattr(SiteBench, "compare", compare)
-    monkeypatch.setattr(run, "alternate", timing)
+    monkeypatch.setattr(whole, "alternate", timing)
     monkeypatch.setattr(Tuning, "measure_effects", forbidden)
     model = rewriter.optimize(Net().eval(), BATCHES, max_drop=0.5, time_budget=1e-3)
     assert variants_of(model) == {"sdpa"} and budgets == [0.0, 0.0]

@@ -27,7 +27,8 @@ from rewriter.tune.assemble import groups_of
 from rewriter.tune.choices import SiteChoices
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import alternate
-from rewriter.tune.run import Prepared, Request, prepared
+from rewriter.tune.prepare import Prepared, prepared
+from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
 from rewriter.tune.search import MARGIN, Tuning, size_of
 from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of

@@ -10,7 +10,8 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from rewriter.errors import PlanError
-from rewriter.plan import Decision, Plan, Tried, called, check_judged
+from rewriter.plan import Decision, Plan, Tried, called
+from rewriter.plan_check import check_judged
 from rewriter.report import Timing
 from rewriter.site import AttentionSite, Causal, Chunked, Mask, PrefixCausal, SlidingWindow
 from rewriter.tune.record import Point, Stage, Trial

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from rewriter.candidates import WORTH_IT, candidates, working
 from rewriter.codegen.expression import parameters
 from rewriter.codegen.formula import Formula
 from rewriter.mixture import ByHeads, of_heads
 from rewriter.plan import Tried
 from rewriter.region import Region
-from rewriter.select import WORTH_IT, candidates, working
 from rewriter.site import AttentionSite
 from rewriter.sources import version
 from rewriter.target import Target

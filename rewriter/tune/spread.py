@@ -32,8 +32,9 @@ from rewriter.session import rerouted
 from rewriter.target import Target
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.predict import sampled
+from rewriter.tune.prepare import Prepared, prepared
 from rewriter.tune.record import Progress
-from rewriter.tune.run import Prepared, Request, prepared
+from rewriter.tune.request import Request
 from rewriter.verdict import Limits
 
 Entries = dict[tuple[str, str], Any]
