@@ -14,6 +14,7 @@ from torch import fx
 
 from rewriter import debug
 from rewriter.capture import Graph
+from rewriter.checkpointed import runnable
 from rewriter.errors import OptionError, RewriterError
 from rewriter.instances import Frames, Inputs, Names, Run, served
 from rewriter.passes import Rewrite, captured, rewritten
@@ -33,7 +34,7 @@ def inner_compiler(inner: Inner) -> Callable[[Graph, Sequence[Any]], Callable[..
     if not isinstance(inner, str):
         raise OptionError(f"inner is the name of a backend or a function, not {inner!r}")
     if inner == "eager":
-        return lambda gm, example_inputs: gm.forward
+        return lambda gm, example_inputs: runnable(gm).forward
     import torch._dynamo
 
     try:

@@ -21,7 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from rewriter.errors import CaptureError, RewriterError
-from rewriter.nodes import storage, value_of, written
+from rewriter.nodes import PRODUCTS, is_call, storage, value_of, written
 from rewriter.retrace import NotCallByCall, call_by_call, under_vmap, whole
 
 Graph = fx.GraphModule
@@ -70,7 +70,32 @@ def to_aten(gm: Graph, example_inputs: Sequence[Any], given: Fakes | None = None
         if _is_buffer(source) and isinstance(example, torch.Tensor):
             node.meta["is_buffer"], node.meta["buffer"] = True, example
     _forget_written_buffers(graph)
+    _write_casts(graph)
     return graph
+
+
+def _write_casts(graph: Graph) -> None:
+    """Products under `torch.autocast` are of a narrower type than their operands: make the casts nodes."""
+    for node in graph.graph.nodes:
+        if not is_call(node, *PRODUCTS, torch.ops.aten.scaled_dot_product_attention):
+            continue
+        dtype = value_of(node).dtype
+
+        def narrowed(source: fx.Node, node: fx.Node = node, dtype: torch.dtype = dtype) -> fx.Node:
+            value = source.meta.get("val")
+            floats = isinstance(value, torch.Tensor) and value.dtype.is_floating_point and dtype.is_floating_point
+            if not floats or value_of(source).dtype.itemsize <= dtype.itemsize:
+                return source
+            with graph.graph.inserting_before(node):
+                cast = graph.graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+            cast.meta = {"val": value_of(source).to(dtype)} | {k: node.meta[k] for k in _PLACE if k in node.meta}
+            return cast
+
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), narrowed)
+    graph.recompile()
+
+
+_PLACE = ("nn_module_stack", "stack_trace")
 
 
 def _is_buffer(placeholder: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rewriter import debug
 from rewriter.capture import Fakes, Graph, to_aten
+from rewriter.checkpointed import outlined
 from rewriter.detect import Detection, detect
 from rewriter.lower import lower
 from rewriter.raising import raise_sites
@@ -66,4 +67,5 @@ def rewritten(work: Rewrite, choose: Choose) -> Graph | None:
     work.step("place", lambda: place(work.graph, places, chosen))
     raised = work.step("raise", lambda: raise_sites(work.graph, taken))
     graph: Graph = work.step("lower", lambda: lower(work.graph, raised, chosen))
+    outlined(graph)
     return graph

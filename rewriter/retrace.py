@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import fetch_object_proxy, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rewriter.checkpointed import CHECKPOINT, begins, ends, known
 from rewriter.fastpath import WRITTEN_OUT
 from rewriter.nodes import DATA_OF, is_transform, storage, written
 
@@ -58,18 +61,33 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
 
 class _Run(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is CHECKPOINT:
+            return _checkpointed(*args, **kwargs)
         return _data_of(*args) if target is DATA_OF else super().call_function(target, args, kwargs)
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer
 
 
 def _data_of(value: Tensor) -> Tensor:
     """`value.data`, with the node that tracing does not make of it. `detach` would be another thing: what is written
     into `data` is not told to the backward.
     """
-    mode = get_proxy_mode()
-    assert mode is not None
-    held = fetch_object_proxy(mode.tracer, value)
-    proxy = mode.tracer.create_proxy("call_function", DATA_OF, (getattr(held, "proxy", held),), {})
-    return track_tensor_tree(value.data, proxy, constant=None, tracer=mode.tracer)
+    tracer = _tracer()
+    held = fetch_object_proxy(tracer, value)
+    proxy = tracer.create_proxy("call_function", DATA_OF, (getattr(held, "proxy", held),), {})
+    return track_tensor_tree(value.data, proxy, constant=None, tracer=tracer)
+
+
+def _checkpointed(body: Graph, *args: Any, **settings: Any) -> Any:
+    """What is computed again for the backward, written out between its marks."""
+    _tracer().create_proxy("call_function", begins, (), {}).node.meta |= known(body, settings)
+    result = _Run(body).run(*args)
+    _tracer().create_proxy("call_function", ends, (), {})
+    return result
 
 
 def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, aliased: bool = False) -> Graph:
@@ -77,8 +95,8 @@ def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, alias
 
     With `aliased` each call is traced on the values that stand before it, so that what is a view of what stays known.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
-        return _call_by_call(gm, fakes, mode, aliased)
+    with torch.set_grad_enabled(torch.is_grad_enabled()), ExitStack() as opened:
+        return _call_by_call(gm, fakes, mode, aliased, opened)
 
 
 def under_vmap(gm: Graph) -> bool:
@@ -86,22 +104,18 @@ def under_vmap(gm: Graph) -> bool:
     return any(is_transform(node.target) for node in gm.graph.nodes)
 
 
-def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, aliased: bool) -> Graph:
+def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, aliased: bool, opened: ExitStack) -> Graph:
     if any(isinstance(value, torch.SymInt) for value in fakes):
         raise NotCallByCall("sizes that are computed with must be traced together")
-    tracer = _CallTracer(gm, mode, aliased)
+    tracer = _CallTracer(gm, mode, aliased, opened)
     inputs = iter(fakes)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             tracer.placeholder(node, next(inputs))
-        elif node.op == "get_attr":
-            tracer.attribute(node)
         elif node.op == "output":
             tracer.graph.output(fx.map_arg(node.args[0], tracer.copies.__getitem__))
-        elif node.op in ("call_function", "call_method"):
-            tracer.call(node)
         else:
-            raise NotCallByCall(f"a {node.op} of {node.target}")
+            tracer.step(node)
     result = Graph(tracer.root, tracer.graph)
     result.graph.eliminate_dead_code()
     result.recompile()
@@ -109,8 +123,9 @@ def _call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, aliased
 
 
 class _CallTracer:
-    def __init__(self, gm: Graph, mode: FakeTensorMode, aliased: bool) -> None:
-        self.source, self.mode, self.aliased = gm, mode, aliased
+    def __init__(self, gm: Graph, mode: FakeTensorMode, aliased: bool, opened: ExitStack) -> None:
+        self.source, self.mode, self.aliased, self.opened = gm, mode, aliased, opened
+        self.casts: list[tuple[Any, ExitStack]] = []
         self.graph, self.root = fx.Graph(), torch.nn.Module()
         self.copies: dict[fx.Node, Any] = {}
         self._known: dict[Any, Graph] = {}
@@ -146,8 +161,37 @@ class _CallTracer:
     def _copy(self, node: fx.Node) -> Any:
         return self.copies[node]
 
+    def step(self, node: fx.Node) -> None:
+        """Copy what stands between the inputs and the output."""
+        if node.op == "get_attr":
+            self.attribute(node)
+        elif node.op in ("call_function", "call_method"):
+            self.call(node)
+        else:
+            raise NotCallByCall(f"a {node.op} of {node.target}")
+
+    def _checkpointed(self, node: fx.Node) -> None:
+        """Write out what is computed again for the backward."""
+        function, *given = node.args
+        assert isinstance(function, fx.Node)
+        outer, body = self.source, getattr(self.source, str(function.target))
+        self.graph.call_function(begins).meta |= known(body, dict(node.kwargs))
+        inputs, self.source = iter(given), body
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                self.copies[inner] = fx.map_arg(next(inputs), self._copy)
+            elif inner.op == "output":
+                self.copies[node] = fx.map_arg(inner.args[0], self._copy)
+            else:
+                self.step(inner)
+        self.source = outer
+        self.graph.call_function(ends)
+
     def call(self, node: fx.Node) -> None:
         """Copy the ATen nodes of a call, traced now or known from an equal one."""
+        if node.target is CHECKPOINT:
+            self._checkpointed(node)
+            return
         if node.target is torch._C._set_grad_enabled:
             torch._C._set_grad_enabled(*node.args)  # It holds for the calls that follow, and `call_by_call` ends it.
             self.graph.call_function(node.target, node.args)
@@ -160,6 +204,9 @@ class _CallTracer:
             # Which kernels may serve the calls that follow: it is set when the graph runs.
             fx.node.has_side_effect(node.target)
             self.copies[node] = self.graph.call_function(node.target, *fx.map_arg((node.args, node.kwargs), self._copy))
+            return
+        if node.target in (_enter_autocast, _exit_autocast):
+            self._autocast(node)
             return
         if node.target is DATA_OF:
             (source,) = node.all_input_nodes
@@ -177,11 +224,28 @@ class _CallTracer:
         text = fx.map_arg(arguments, lambda source: f"%{numbers.setdefault(source, len(numbers))}")
         sources = list(numbers)
         inputs = tuple(_metadata(source.meta["val"]) for source in sources)
-        key = (node.op, node.target, repr(text), torch.is_grad_enabled(), inputs)
+        casts = repr([args for args, _ in self.casts])
+        key = (node.op, node.target, repr(text), torch.is_grad_enabled(), casts, inputs)
         traced = None if self.aliased else self._known.get(key)
         if traced is None:
             traced = self._known[key] = self._trace(node, arguments, sources)
         self.copies[node] = self._paste(traced, sources, node)
+
+    def _autocast(self, node: fx.Node) -> None:
+        """Copy what opens or closes a region of automatic casts. It holds while the calls inside are traced, so that
+        their casts are nodes, and is kept for when the graph runs: inside of another region it may forbid casts.
+        """
+        if node.target is _exit_autocast:
+            _, region = self.casts.pop()
+            region.close()
+        else:
+            device, dtype, enabled, _ = node.args
+            region = self.opened.enter_context(ExitStack())
+            # A cast that is remembered would be no node where it is used again.
+            region.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))  # type: ignore[arg-type]
+            self.casts.append((node.args, region))
+        assert callable(node.target)
+        self.copies[node] = self.graph.call_function(node.target, fx.map_arg(node.args, self._copy))
 
     def _with_functions(self, node: fx.Node) -> None:
         """Copy a call that takes functions of its own, with its results one by one."""
@@ -272,7 +336,7 @@ def _has_state(target: Any) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator) or getattr(target, "__name__", "") in _STATEFUL
 
 
-_STATEFUL = {"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+_STATEFUL = {"_enter_inference_mode", "_exit_inference_mode"}
 
 
 def _metadata(value: Any) -> Any:

@@ -22,6 +22,7 @@ from rewriter.capture import (
     source_line,
     to_aten,
 )
+from rewriter.detect import detect
 from rewriter.errors import CaptureError, OptionError
 from rewriter.guard import error, tolerance
 
@@ -225,6 +226,40 @@ def test_modes_inside_the_graph() -> None:
     parameters = list(model.parameters())
     actual = torch.autograd.grad(out.sum(), parameters)
     assert max(map(error, actual, torch.autograd.grad(expected.sum(), parameters))) <= tolerance(torch.bfloat16)
+
+
+class Cast(nn.Module):
+    """Attention with automatic casts in a part of it, or without them in a part."""
+
+    def __init__(self, called: bool, enabled: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.called, self.enabled = called, enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).float().unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            mixed = F.scaled_dot_product_attention(q, k, v) if self.called else (q @ k.mT * 0.5).softmax(-1) @ v
+        return self.out(mixed.to(x.dtype).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["spelled out", "called"])
+def test_automatic_casts_are_the_type_of_the_site(called: bool) -> None:
+    model, x = Cast(called, enabled=True), torch.randn(2, 5, 8)
+    (graph,) = graphs_of(model, x)
+    (match,) = detect(graph).matches
+    assert match.site.dtype == "bfloat16"
+    run = torch.compile(model, backend="rewriter", options={"inner": "eager"})
+    assert error(run(x), model(x)) <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["spelled out", "called"])
+def test_a_part_without_automatic_casts(called: bool) -> None:
+    model, x = Cast(called, enabled=False), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        (graph,) = graphs_of(model, x)
+        (match,) = detect(graph).matches
+    assert match.site.dtype == "float32"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

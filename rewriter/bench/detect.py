@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from rewriter.bench.entries import Entry, load, spread
 from rewriter.bench.isolated import in_child
 from rewriter.capture import Graph, compiled, module_names
+from rewriter.checkpointed import runnable
 from rewriter.errors import RewriterError, brief
 from rewriter.guard import model_tolerance, relative_rms
 from rewriter.passes import captured, rewritten
@@ -205,7 +206,7 @@ def look(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             raise
         except Exception as error:  # as the library's backend does: a graph that cannot be re-traced goes on as it came
             seen.nodes += len(gm.graph.nodes)
-            return _counted(gm.forward, tally, _Tally(refused=Counter([f"not re-traced: {brief(error)}"])))
+            return _counted(runnable(gm).forward, tally, _Tally(refused=Counter([f"not re-traced: {brief(error)}"])))
         here = _Tally(
             found=len(work.detection.sites),
             calls=len(work.graph.graph.find_nodes(op="call_function", target=_FUSED)),
@@ -215,7 +216,7 @@ def look(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         seen.sites += work.detection.sites
         graph = rewritten(work, _exact)
         seen.seconds.update(work.seconds)
-        return _counted(graph.forward if graph is not None else gm.forward, tally, here)
+        return _counted(runnable(gm if graph is None else graph).forward, tally, here)
 
     expected = _called(model, args, kwargs)
     actual = _second_call(model, backend, tally, args, kwargs)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from rewriter.backend import GraphRewriter
 from rewriter.canonical import SizeOf, run
 from rewriter.capture import Graph
+from rewriter.checkpointed import outlined, runnable
 from rewriter.instances import Inputs, Names, Run
 from rewriter.lower import clean
 from rewriter.raising import Match, Operands, Raised, raise_sites
@@ -86,7 +87,7 @@ class SlotRewriter(GraphRewriter):
         """The graph with a slot at each site."""
         work = self.look(gm, inputs, names)
         if work is None:
-            return gm.forward
+            return runnable(gm).forward
         # Before the graph is changed: a slot keeps the code as it was.
         slots = [Slot(Region(match), self.switches) for match in work.detection.matches]
         for region in (slot.region for slot in slots):
@@ -98,7 +99,8 @@ class SlotRewriter(GraphRewriter):
                 self.sites[path] = region.match.site
         raised = raise_sites(work.graph, work.detection.matches)
         _place(work.graph, raised, slots)
-        return clean(work.graph).forward
+        outlined(work.graph)
+        return runnable(clean(work.graph)).forward
 
 
 def _scores(region: Region) -> int:
