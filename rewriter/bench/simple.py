@@ -172,7 +172,7 @@ class Simple:
     def __init__(self, tuning: Tuning, scores: Scores, original: Measurement, margin: float) -> None:
         self._tuning, self._scores, self._original, self._margin = tuning, scores, original, margin
         self._tables = tuning.tables()
-        self.exact: Solution = tuning.solved(0.0).solution
+        self.exact: Solution = tuning.exact().solution
         self._whole = [
             whole_choices(choices, table) for choices, table in zip(tuning.choices.values(), self._tables, strict=True)
         ]

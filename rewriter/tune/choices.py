@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,15 +110,17 @@ class SiteChoices:
         exact = [self.exact] if self.exact is not None else []
         return exact + [c for c in self.usable if not c.together(self.site)]
 
-    def table(self, scale: Callable[[Candidate], float], *, by_heads: bool) -> Table:
-        """What the solver chooses from. An exact candidate that is not worth it serves some of the heads only."""
+    def table(self, scale: float, *, by_heads: bool) -> Table:
+        """What the solver chooses from, with effects times `scale`. An exact candidate that is not worth it serves some
+        of the heads only.
+        """
         heads = self.site.kv_heads
         groups = heads if by_heads and self.split is not None and heads > 1 else 1
         exact = self.exact if groups > 1 else self.base
         columns = [c for c in self.columns if not c.exact or c is exact]
 
         def effects(candidate: Candidate) -> list[float]:
-            own = [0.0] * heads if candidate.effects is None else [e * scale(candidate) for e in candidate.effects]
+            own = [0.0] * heads if candidate.effects is None else [e * scale for e in candidate.effects]
             return own if groups > 1 else [sum(own)]
 
         # What is no gain over the original code for all heads is none for some of them.

@@ -114,7 +114,7 @@ def _best(
 ) -> tuple[Session, Verdict | None, Timing | None]:
     """The best plan that holds on held-out data and is faster as a whole, in place; else the original."""
     request, tuning, slots, model = at.request, at.tuning, at.tuning.slots, at.tuning.model
-    tries, exact = tuning.tries(), tuning.solved(0.0)
+    tries, exact = tuning.tries(), tuning.exact()
     reason, tried = "nothing within the bound was faster", 0
     standing: tuple[Session, Verdict] | None = None
     try:
@@ -156,12 +156,7 @@ def _best(
             return *standing, None
         notes.append("stopped by hand before a plan was checked on held-out data: only what is exact stands")
         uninstall(model)
-        selector = _selector(tuning, exact, request)
-        if tuning.inexact(exact.solution):  # something changed nothing on the data of the search
-            session = _given_up(model, request, selector, "nothing was checked")
-        else:
-            session = request.installed(model, selector)
-        return session, None, None
+        return request.installed(model, _selector(tuning, exact, request)), None, None
     selector = _selector(tuning, exact, request)
     selector.allowed = frozenset()
     session = _given_up(model, request, selector, f"no gain here: {reason}")

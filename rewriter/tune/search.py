@@ -22,19 +22,21 @@ from rewriter.guard import Measurement, drop, evaluating
 from rewriter.metrics import Batch, Metric, tensors
 from rewriter.plan import Decision
 from rewriter.tune.assemble import Assembled, Groups, decision_of, distinct, groups_of, implementation_of
-from rewriter.tune.choices import Candidate, SiteChoices, Workbench
+from rewriter.tune.choices import SiteChoices, Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.predict import Predictor
 from rewriter.tune.record import Ledger, Point, Progress, Record, Trial
 from rewriter.tune.scores import Scores
 from rewriter.tune.slots import SlotRewriter, Switches
-from rewriter.tune.solve import Solution, Table, cost_of, effect_of, front, solve
+from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of, front, solve
 
 MARGIN = 0.8
 """The part of the bound that the search may use on its data: the rest is not the same data."""
 _CLOSE = 0.9
 """A plan that uses this part of its margin is as good as the next one."""
-MOST_TRIALS = 8
+_MOST_SOLVED, _MOST_REVERTED = 8, 8
+MOST_TRIALS = _MOST_SOLVED + _MOST_REVERTED
+"""Plans that are measured: solutions of the program, and those of the last resort."""
 _WORTH_A_TRIAL = 0.99
 """The search ends where the next plan would cost more than this part of the best one."""
 _MOST_COLUMNS = 20_000
@@ -77,9 +79,7 @@ class Tuning:
     about: Sequence[Any] = ()
     choices: dict[str, SiteChoices] = field(default_factory=dict)
     scale: float = 1.0
-    """Measured drop over predicted drop, of the last plan that was tried."""
-    corrections: dict[int, float] = field(default_factory=dict)
-    """The same of single candidates, by their identity, beyond `scale`."""
+    """Measured drop over predicted drop, of the last plan that was tried, at the end of the best."""
     recall: Recall | None = None
     accepted: list[Assembled] = field(default_factory=list)
     """Plans that kept the metric within the bound on the search part."""
@@ -133,11 +133,16 @@ class Tuning:
     def tables(self) -> list[Table]:
         """What the solver chooses from, with effects as they are predicted now."""
         cells = sum(c.site.kv_heads * len(c.columns) for c in self.choices.values())
+        return [choices.table(self.scale, by_heads=cells <= _MOST_COLUMNS) for choices in self.choices.values()]
 
-        def scale(candidate: Candidate) -> float:
-            return self.scale * self.corrections.get(id(candidate), 1.0)
-
-        return [choices.table(scale, by_heads=cells <= _MOST_COLUMNS) for choices in self.choices.values()]
+    def exact(self) -> Assembled:
+        """The cheapest plan that changes nothing. What is predicted to have no effect is in the others."""
+        tables = self.tables()
+        found = [
+            Choice(0) if choices.base is None else Choice(None, (0,) * table.groups)
+            for choices, table in zip(self.choices.values(), tables, strict=True)
+        ]
+        return self.assembled(tuple(found), tables)
 
     def solved(self, budget: float) -> Assembled:
         """The cheapest plan whose predicted drop is within a budget."""
@@ -187,10 +192,10 @@ class Tuning:
         Ends early where time is over.
         """
         accepted, failed = self.accepted, list[Assembled]()
-        accepted.append(self.solved(0.0))
+        accepted.append(self.exact())
         margin = MARGIN * bound
         budget = margin
-        while len(accepted) + len(failed) <= MOST_TRIALS:
+        while len(accepted) + len(failed) <= _MOST_SOLVED:
             plan = self.solved(budget)
             best = min(accepted, key=lambda each: each.cost)
             if plan.solution in {each.solution for each in accepted + failed}:
@@ -203,8 +208,19 @@ class Tuning:
             if _CLOSE * margin <= plan.measured <= margin:
                 break
             budget = self._next_budget(accepted, failed, margin)
-        if len(accepted) == 1 and failed:
-            accepted += self._reverted(min(failed, key=lambda each: each.predicted), scores, original, margin)
+        best = min(accepted, key=lambda each: each.cost)
+        if best.measured is not None:
+            self._correct(self.assembled(best.solution).predicted, best.measured)
+        # By what is known of the best one these should have held: their sites do not add up.
+        hoped = [
+            each
+            for each in failed
+            if each.cost <= _WORTH_A_TRIAL * best.cost
+            and (best.measured is None or self.assembled(each.solution).predicted <= margin)
+        ]
+        if hoped:
+            for plan in self._reverted(min(hoped, key=lambda each: each.cost), best, scores, original, margin):
+                accepted.append(plan)  # one by one: a search that is stopped keeps what it has
 
     def _tried(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> Assembled:
         """Assemble and measure a plan, and correct the prediction by what is seen."""
@@ -215,54 +231,62 @@ class Tuning:
         if self.recall is not None and measured <= margin:
             measured = max(measured, self.recall.drop(self.named(plan.solution)))
         self.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= margin))
-        if plan.predicted > 0:
-            # What is better than the original says nothing of how errors add up, nor does what crashed.
-            ratio = min(max(measured / plan.predicted, 1 / 16), 16.0)
-            self.scale *= ratio
+        self._correct(plan.predicted, measured)
         return Assembled(plan.solution, plan.cost, plan.predicted, measured)
+
+    def _correct(self, predicted: float, measured: float) -> None:
+        """What is better than the original says little of how errors add up, as does what crashed."""
+        if predicted > 0:
+            self.scale *= min(max(measured / predicted, 1 / 16), 16.0)
 
     def _next_budget(self, accepted: Sequence[Assembled], failed: Sequence[Assembled], margin: float) -> float:
         """The margin as it is predicted now, between the plans that were tried."""
         low = max(self.assembled(each.solution).predicted for each in accepted)
         high = min((self.assembled(each.solution).predicted for each in failed), default=math.inf)
-        if low >= high:  # One that was cheaper to the metric failed: its own candidates are worse than predicted.
-            self._blame(failed[-1])
-            return margin
         if low < margin < high:
             return margin
         return math.sqrt(max(low, high / 16) * high) if high < math.inf else 4 * max(low, margin)
 
-    def _blame(self, plan: Assembled) -> None:
-        for _, groups in self.standing(plan.solution):
-            for _, candidate in groups:
-                self.corrections[id(candidate)] = 2.0 * self.corrections.get(id(candidate), 1.0)
-
-    def _reverted(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> list[Assembled]:
-        """The last resort: take back the sites that cost the most accuracy for what they gain, half of the rest each
-        time, until the metric holds.
+    def _reverted(
+        self, plan: Assembled, base: Assembled, scores: Scores, original: Measurement, margin: float
+    ) -> Iterator[Assembled]:
+        """The last resort, where sites do not add up: as much of a plan that failed as holds beside `base`, which does.
+        Sites are ranked by the accuracy that they are predicted to cost for what they gain. The first that is one too
+        many, which bisection finds, is reverted, and the rest is tried without it.
         """
-        tables, exact = self.tables(), self.solved(0.0).solution
-        ranked = sorted(
-            (n for n, choice in enumerate(plan.solution) if choice != exact[n]),
-            key=lambda n: (
-                effect_of(tables[n], plan.solution[n])
-                / max(cost_of(tables[n], exact[n]) - cost_of(tables[n], plan.solution[n]), 1e-12)
-            ),
-        )
-        while (ranked := ranked[: len(ranked) // 2]) and not self.deadline.over(self._reserve(scores)):
-            kept = set(ranked)
-            solution = tuple(choice if n in kept else exact[n] for n, choice in enumerate(plan.solution))
-            tried = self._tried(self.assembled(solution), scores, original, margin)
+        tables, stands = self.tables(), base.solution
+        gains = [
+            cost_of(table, before) - cost_of(table, after)
+            for table, before, after in zip(tables, base.solution, plan.solution, strict=True)
+        ]
+        left = [n for n, gain in enumerate(gains) if gain > 0]
+        left.sort(key=lambda n: effect_of(tables[n], plan.solution[n]) / gains[n])
+
+        def taken(count: int) -> Solution:
+            new = set(left[:count])
+            return tuple(plan.solution[n] if n in new else choice for n, choice in enumerate(stands))
+
+        holds, fails = 0, len(left) if taken(len(left)) == plan.solution else len(left) + 1
+        for _ in range(_MOST_REVERTED):
+            if fails - holds == 1:
+                stands, left = taken(holds), left[holds + 1 :]
+                holds, fails = 0, len(left) + 1  # of the rest nothing is known
+            if not left or self.deadline.over(self._reserve(scores)):
+                return
+            count = len(left) if fails > len(left) else (holds + fails) // 2
+            tried = self._tried(self.assembled(taken(count)), scores, original, margin)
             if tried.measured is not None and tried.measured <= margin:
-                return [tried]
-        return []
+                yield tried
+                holds = count
+            else:
+                fails = count
 
     def tries(self) -> list[Assembled]:
         """Plans in the order in which to try them on held-out data, the best first; the exact one is always the last.
 
         At most two before it: each look at held-out data costs confidence.
         """
-        exact = self.solved(0.0)
+        exact = self.exact()
         best = min(self.accepted, key=lambda each: each.cost, default=exact)
         if best.solution == exact.solution:
             return [exact]
