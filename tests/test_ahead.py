@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,13 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from rewriter.codegen.ahead import CompileError, compile_ahead, parse_target
+from rewriter.codegen.compiled import binaries, launches
 from rewriter.codegen.disassembly import Counts, analysed, gcn, sass
+from rewriter.codegen.expression import kinds_of
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.fragments import Blocks
 from rewriter.errors import OptionError
+from tests.formulas import unusual
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
 
@@ -192,6 +198,24 @@ def test_arguments_that_do_not_match(
 ) -> None:
     with pytest.raises(OptionError, match=sentence):
         compile_ahead(KERNEL, signature, constants, "sm_90", **settings)
+
+
+@pytest.mark.parametrize("name", unusual(1))
+def test_functions_that_say_what_is_rarely_said(name: str) -> None:
+    """The interpreter takes more than the compiler does."""
+    formula, tensors = unusual(64)[name]
+    (binary,) = binaries(
+        formula, Blocks(32, 32), "sm_90", head_dim=32, kinds=kinds_of(tensors), kernels=("forward",)
+    )  # fmt: skip
+    assert binary.code.tensor
+
+
+def test_the_line_of_a_function_that_a_kernel_calls_is_named() -> None:
+    (launch,) = launches(Formula(), Blocks(32, 32), head_dim=32, kernels=("forward",))
+    with pytest.raises(CompileError, match=r"forward for sm_90 does not compile: .*fp17"):
+        replace(launch, signature={**launch.signature, "query": "*fp17"}).compiled("sm_90")
+    with pytest.raises(CompileError, match="Both operands must be same dtype"):
+        replace(launch, signature={**launch.signature, "query": "*fp32"}).compiled("sm_90")
 
 
 def test_unknown_type() -> None:

@@ -31,6 +31,7 @@ from rewriter.codegen.fragments import Blocks, source
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Chunked, Full, Mask, PrefixCausal, SlidingWindow
 from rewriter.testing import brute_force
+from tests.formulas import unusual
 
 LENGTHS = st.integers(1, 70)
 
@@ -198,7 +199,7 @@ def test_words_of_each_language() -> None:
     assert "!in_padding(b, j)" in printed(graph, CPP)[1][0]
     triton = printed(graph, TRITON)[1][0]
     assert "floor_divided(i, 4)" in triton
-    assert "tl.load(in_padding + inside(b, in_padding_n0) * in_padding_s0" in triton
+    assert "tl.load(in_padding + step(b, in_padding_n0, in_padding_s0)" in triton
 
 
 @pytest.mark.parametrize(
@@ -208,11 +209,49 @@ def test_words_of_each_language() -> None:
         (lambda i, unknown: i < unknown, "'unknown', which is no index, no number and no tensor"),
         (lambda s: torch.erf(s), "for which no kernel has a word"),
         (lambda i, j: (i - j)[0] > 0, "takes an element of something that is no tensor"),
+        (lambda s: torch.add(s, s, alpha=2), "calls add with alpha, for which"),
+        (lambda s, j: s + torch.div(j, 4, rounding_mode="floor"), "calls div with rounding_mode"),
+        (lambda s: s % 0.5, "divides with remainder what is no whole number"),
+        (lambda s: s // 0.5, "divides with remainder what is no whole number"),
+        (lambda i, j: torch.logical_not(i - j), "takes a number for a bool"),
+        (lambda i, j: torch.logical_and(i, j > 2), "takes a number for a bool"),
+        (lambda s, i: torch.where(i, s, 0.0), "decides by a number"),
+        (lambda i, j: (i > 3) + (j > 3), "calculates with bools alone"),
+        (lambda i: int(i), "what no kernel can: TypeError: int"),
+        (lambda s: torch.relu(s), "calls relu, for which"),
+        (lambda s, table: s * table, "reads table whole: take an element"),
+        (lambda s, h, table: s + table[:, h], "reads table at slice.* no whole number"),
+        (lambda s, table: s + table[s], "reads table at s, which is no whole number"),
+        (lambda i, j, table: table[i < j], "reads table at lt, which is no whole number"),
     ],
 )
 def test_what_no_kernel_can_do_is_a_sentence(function: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        traced(function, {}, {})
+        traced(function, {}, {"table": "float"})
+
+
+def test_a_mask_says_what_is_seen_and_sees_no_score() -> None:
+    with pytest.raises(OptionError, match="asks for the score, which no mask sees"):
+        Formula((lambda s: s > 0,))
+    with pytest.raises(OptionError, match="gives a number; a mask says True"):
+        Formula((lambda i, j: (i - j) % 3,)).expressions({})
+
+
+@pytest.mark.parametrize("name", unusual(1))
+def test_blocks_of_unusual_masks(name: str) -> None:
+    formula, tensors = unusual(70)[name]
+    if formula.masks:
+        kinds: dict[str, Any] = dict.fromkeys(tensors, "int")
+        lists = runs_of(formula.expressions(kinds)[0], batch=1, heads=1, q_len=70, kv_len=70, block_m=8, block_n=8,
+                        tensors=tensors)  # fmt: skip
+        at = {n: torch.arange(70).view(shape) for n, shape in (("i", (-1, 1)), ("row", (-1, 1)), ("j", (1, -1)))}
+        seen = formula.visible(tensors, **at).expand(70, 70)
+        listed = torch.zeros(9, 9, dtype=torch.bool)
+        for m, (begin, end) in enumerate(itertools.pairwise(lists.first[0, 0].tolist())):
+            for start, stop, asked in lists.runs[begin:end].tolist():
+                listed[m, start:stop] = True
+                assert asked or bool(seen[8 * m : 8 * m + 8, 8 * start : 8 * stop].all())
+        assert not bool((seen & ~listed.repeat_interleave(8, 0).repeat_interleave(8, 1)[:70, :70]).any())
 
 
 def test_the_reference_is_the_canonical_operator() -> None:

@@ -23,7 +23,7 @@ from rewriter.errors import OptionError
 from rewriter.guard import error, tolerance
 from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal
 from rewriter.variant import variants
-from tests.formulas import alibi, near, same_segment
+from tests.formulas import alibi, near, same_segment, unusual
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
@@ -74,6 +74,7 @@ CASES: dict[str, tuple[Formula, dict[str, Any], dict[str, Tensor]]] = {
     "sigmoid": (Formula((near,), numbers={"window": 20}, normaliser="sigmoid"), {}, {}),
     "relu": (Formula((near,), (capped,), {"window": 20, "softcap": 3.0}, "relu"), {}, {}),
     "negative scale": (Formula(), {"scale": -0.3}, {}),
+    **{name: (formula, {}, tensors) for name, (formula, tensors) in unusual(133).items()},
 }
 
 

@@ -23,7 +23,7 @@ from rewriter.guard import error, tolerance  # noqa: E402
 from rewriter.site import AttentionSite, Padding  # noqa: E402
 from rewriter.target import Target  # noqa: E402
 from rewriter.variant import variants  # noqa: E402
-from tests.formulas import alibi, near, same_segment  # noqa: E402
+from tests.formulas import alibi, near, same_segment, unusual  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -84,7 +84,8 @@ def compared(
     assert error(out.double(), expected) <= tolerance(dtype)
     above = torch.randn_like(out)
     actual = torch.autograd.grad(out, leaves, above)
-    wanted = torch.autograd.grad(expected, leaves, above.double())
+    # A score may not depend on queries and keys: nothing flows to them then.
+    wanted = torch.autograd.grad(expected, leaves, above.double(), materialize_grads=True)
     for got, truth in zip(actual, wanted, strict=True):
         assert error(got.double(), truth.double()) <= 2 * tolerance(dtype)
 
@@ -169,6 +170,17 @@ def test_scores_that_read_learned_tensors() -> None:
     compared(Formula((near,), (alibi, capped), numbers), slopes=torch.rand(4, requires_grad=True))
     compared(Formula(scores=(relative,)), table=torch.randn(7, 4, requires_grad=True))
     compared(Formula(scores=(gated,)), gates=torch.randn(53, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", unusual(1))
+def test_what_is_rarely_said(name: str) -> None:
+    formula, tensors = unusual(53)[name]
+    q_len = 53 if tensors else 41
+    compared(formula, q_len=q_len, **tensors)
+
+
+def test_the_slope_of_a_magnitude_at_zero() -> None:
+    compared(Formula(scores=(lambda s: s.abs(),)), layout=torch.zeros_like)
 
 
 def test_a_tensor_read_twice_gets_both_gradients() -> None:

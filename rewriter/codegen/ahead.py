@@ -203,6 +203,8 @@ def _cause(error: Exception, said: str) -> str:
     for pattern in (r"ptxas (?:fatal|error)\s*: (.+)", r"\berror: (?!Failures have been)(.+)", r"Assertion [`']?(.+)"):
         if match := next(filter(None, (re.search(pattern, line) for line in lines)), None):
             return match[1][:200].rstrip(".")
+    while isinstance(error, CompilationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # in a function that the kernel calls
     if isinstance(error, CompilationError):  # it begins with the source, and a caret under the place
         return next((line for line in reversed(str(error).splitlines()) if line.strip(" ^")), "no reason given")[:200]
     return brief(error).rstrip(".")

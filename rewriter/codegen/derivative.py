@@ -109,7 +109,7 @@ def _partials(build: _Builder, operation: str | None, args: list[Any], out: fx.N
     if operation == "sqrt":
         return [build("div", 0.5, out)]
     if operation == "abs":
-        return [build("where", build("ge", x, 0.0), 1.0, -1.0)]
+        return [build("where", build("gt", x, 0.0), 1.0, build("where", build("lt", x, 0.0), -1.0, 0.0))]
     if operation in ("minimum", "maximum"):
         first = build("le" if operation == "minimum" else "ge", x, y)
         return [build("where", first, 1.0, 0.0), build("where", first, 0.0, 1.0)]

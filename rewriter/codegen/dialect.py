@@ -82,12 +82,24 @@ def _written(node: fx.Node, dialect: Dialect, text: Callable[[Any], str]) -> str
         inner = text(node.args[0])
         inner = said("maximum").format(inner, text(low)) if low is not None else inner
         return said("minimum").format(inner, text(high)) if high is not None else inner
+    if operation == "mul" and kind_of(node) == "int" and not any(_small(each) for each in node.args):
+        operation = "product"
     args = [
         dialect.operand(text(each), kind_of(each), kind_of(node)) if operation in ("add", "sub", "mul", "div") else
         text(each)
         for each in node.args
     ]  # fmt: skip
+    if operation in _OF_FLOATS and kind_of(node.args[0]) != "float":
+        args = [dialect.words["float"].format(*args)]
     return said(operation).format(*args)
+
+
+def _small(value: Any) -> bool:
+    """May a position be multiplied by it in 32 bits?"""
+    return isinstance(value, int) and abs(value) < 128
+
+
+_OF_FLOATS = ("tanh", "exp", "sigmoid", "sqrt", "log")
 
 
 def _python_literal(value: Any) -> str:
@@ -102,7 +114,7 @@ TRITON = Dialect(
         "or": "({} | {})", "not": "(~{})", "abs": "tl.abs({})", "minimum": "tl.minimum({}, {})",
         "maximum": "tl.maximum({}, {})", "where": "tl.where({}, {}, {})", "tanh": "hyperbolic_tangent({})",
         "exp": "tl.exp({})", "sigmoid": "tl.sigmoid({})", "sqrt": "tl.sqrt({})", "log": "tl.log({})",
-        "float": "({}).to(tl.float32)",
+        "float": "tl.cast({}, tl.float32)", "product": "(tl.cast({}, tl.int64) * {})",
     },
     literal=_python_literal,
     read=lambda name, index, kind: _triton_read(name, index, kind),
@@ -111,16 +123,16 @@ TRITON = Dialect(
 
 
 def _triton_read(name: str, index: list[str], kind: Kind) -> str:
-    # An index outside of the tensor is moved to its edge: scores that are hidden are computed too.
-    steps = [f"inside({each}, {name}_n{axis}) * {name}_s{axis}" for axis, each in enumerate(index)]
+    steps = [f"step({each}, {name}_n{axis}, {name}_s{axis})" for axis, each in enumerate(index)]
     load = f"tl.load({' + '.join([name, *steps])})"
-    return f"({load} != 0)" if kind == "bool" else f"{load}.to(tl.float32)" if kind == "float" else load
+    return f"({load} != 0)" if kind == "bool" else f"{load}.to(tl.float32)" if kind == "float" else f"widened({load})"
 
 
 CPP = Dialect(
     words={
         **{name: word for name, word in TRITON.words.items() if name not in ("and", "or", "not")},
-        "and": "({} & {})", "or": "({} | {})", "not": "(!{})", "where": "({} ? {} : {})", "abs": "abs({})",
+        "and": "({} & {})", "or": "({} | {})", "not": "(!{})", "not:int": "(~{})", "product": "({} * {})",
+        "where": "({} ? {} : {})", "abs": "abs({})",
         "abs:int": "std::abs({})", "minimum": "std::min<float>({}, {})", "minimum:int": "std::min<int64_t>({}, {})",
         "maximum": "std::max<float>({}, {})", "maximum:int": "std::max<int64_t>({}, {})", "tanh": "tanh({})",
         "exp": "exp({})", "sigmoid": "sigmoid({})", "sqrt": "std::sqrt({})", "log": "std::log({})",

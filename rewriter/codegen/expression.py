@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
-from rewriter.errors import OptionError
+from rewriter.errors import OptionError, brief
 
 Kind = Literal["bool", "int", "float"]
 
@@ -78,7 +79,7 @@ def traced(function: Callable[..., Any], numbers: Mapping[str, Any], kinds: Mapp
     given: dict[str, Any] = {}
     for parameter in parameters(function):
         if parameter in numbers:
-            given[parameter] = numbers[parameter]
+            given[parameter] = tree_map(lambda each: each.item() if hasattr(each, "item") else each, numbers[parameter])
             continue
         if parameter not in INDICES and parameter not in kinds:
             raise OptionError(
@@ -89,6 +90,8 @@ def traced(function: Callable[..., Any], numbers: Mapping[str, Any], kinds: Mapp
         result = function(**given)
     except fx.proxy.TraceError as cause:
         raise OptionError(f"{name} decides something by a value; write `&`, `|` and torch.where instead") from cause
+    except Exception as cause:
+        raise OptionError(f"{name} does with its arguments what no kernel can: {brief(cause)}") from cause
     if not isinstance(result, fx.Proxy):
         # The same for all indices: a tensor of no axes, so that every target sees one form.
         result = fx.Proxy(graph.call_function(torch.full, ((), result)), tracer)
@@ -99,11 +102,14 @@ def traced(function: Callable[..., Any], numbers: Mapping[str, Any], kinds: Mapp
             graph.erase_node(node)
     captured: dict[str, tuple[Kind, int]] = {}
     for node in graph.nodes:
+        _order_arguments(node, name)
         node.meta["kind"] = _kind(node, kinds, name)
         if node.target is operator.getitem:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             captured[str(source.target)] = kinds[str(source.target)], len(places(node))
+        elif whole := [each for each in node.all_input_nodes if each.op == "placeholder" and each.target in kinds]:
+            raise OptionError(f"{name} reads {whole[0].target} whole: take an element, as in {whole[0].target}[h]")
     return Expression(name, graph, captured)
 
 
@@ -128,7 +134,7 @@ def above(values: Iterable[Any], known: Container[fx.Node] = ()) -> set[fx.Node]
 def bounds(node: fx.Node) -> tuple[Any, Any]:
     """Of a clamp: the lowest and the highest value, None where there is none."""
     low, high, *_ = *node.args[1:], None, None
-    return node.kwargs.get("min", low), node.kwargs.get("max", high)
+    return low, high
 
 
 def kind_of(value: Any) -> Kind:
@@ -145,6 +151,20 @@ def spelled(node: fx.Node) -> Any:
     return _SPELLINGS.get(target)
 
 
+def _order_arguments(node: fx.Node, name: str) -> None:
+    """What is given by name takes its place among the others; OptionError where it changes what is computed."""
+    if not node.kwargs or (operation := spelled(node)) in (None, "constant"):
+        return
+    args, given = list(node.args), {key: value for key, value in node.kwargs.items() if _NEUTRAL.get(key, ()) != value}
+    for key in _PARAMETERS.get(str(operation), ("input", "other"))[len(args) :]:
+        args.append(given.pop(key, None))
+    while args and args[-1] is None:
+        args.pop()
+    if given:
+        raise OptionError(f"{name} calls {operation} with {', '.join(given)}, for which no kernel has a word")
+    node.args, node.kwargs = tuple(args), {}
+
+
 def _kind(node: fx.Node, kinds: Mapping[str, Kind], name: str) -> Kind:
     if node.op == "placeholder":
         if node.target in kinds:
@@ -154,11 +174,15 @@ def _kind(node: fx.Node, kinds: Mapping[str, Kind], name: str) -> Kind:
         return kind_of(node.args[0])
     operation = spelled(node)
     if operation is None:
-        raise OptionError(f"{name} calls {node.target}, for which no kernel has a word (known: {', '.join(_KNOWN)})")
+        called = getattr(node.target, "__name__", node.target)
+        raise OptionError(f"{name} calls {called}, for which no kernel has a word (known: {', '.join(_KNOWN)})")
     if operation == "getitem":
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.op != "placeholder" or source.target not in kinds:
             raise OptionError(f"{name} takes an element of something that is no tensor that is given")
+        for place in places(node):
+            if not isinstance(place, (fx.Node, int)) or kind_of(place) != "int":
+                raise OptionError(f"{name} reads {source.target} at {place}, which is no whole number")
         return kinds[str(source.target)]
     if operation == "constant":
         return kind_of(node.args[1])
@@ -166,9 +190,17 @@ def _kind(node: fx.Node, kinds: Mapping[str, Kind], name: str) -> Kind:
         return "bool"
     given = [kind_of(each) for each in node.args if isinstance(each, (fx.Node, int, float))]
     if operation == "where":
-        given = given[1:]
-    if operation in ("and", "or", "not") and set(given) == {"bool"}:
-        return "bool"
+        if given.pop(0) != "bool":
+            raise OptionError(f"{name} decides by a number; compare it, as in x != 0")
+    elif operation in ("and", "or", "not"):
+        if set(given) == {"bool"}:
+            return "bool"
+        if "float" in given or node.target in _OF_BOOLS:
+            raise OptionError(f"{name} takes a number for a bool; compare it, as in x != 0")
+    elif set(given) == {"bool"} and operation not in ("div", "float"):
+        raise OptionError(f"{name} calculates with bools alone; write `&`, `|` and `~`")
+    elif operation in ("floordiv", "mod") and "float" in given:
+        raise OptionError(f"{name} divides with remainder what is no whole number")
     if operation in _FLOATING or "float" in given:
         return "float"
     return "int"
@@ -187,6 +219,9 @@ _SPELLINGS: dict[Any, str] = {
     torch.maximum: "maximum", torch.clamp: "clamp", torch.tanh: "tanh", torch.exp: "exp", torch.sigmoid: "sigmoid",
     torch.sqrt: "sqrt", torch.log: "log",
 }  # fmt: skip
+_OF_BOOLS = (torch.logical_and, torch.logical_or, torch.logical_not, "logical_and", "logical_or", "logical_not")
+_PARAMETERS = {"where": ("condition", "input", "other"), "clamp": ("input", "min", "max")}
+_NEUTRAL = {"alpha": 1, "rounding_mode": None}
 _FLOATING = ("div", "tanh", "exp", "sigmoid", "sqrt", "log", "float")
 _KNOWN = tuple(dict.fromkeys(_SPELLINGS.values()))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rewriter.codegen.expression import INDICES, Expression, Kind, asking, parameters, traced
+from rewriter.codegen.expression import INDICES, Expression, Kind, asking, kind_of, kind_of_type, parameters, traced
 from rewriter.errors import OptionError
 from rewriter.ops import normalised
 from rewriter.site import AttentionSite, Causal, Chunked, Mask, PrefixCausal, SlidingWindow
@@ -40,6 +40,11 @@ class Formula:
     numbers: Mapping[str, Any] = field(default_factory=dict, hash=False)
     normaliser: Literal["softmax", "sigmoid", "relu"] = "softmax"
     sink: bool = False
+
+    def __post_init__(self) -> None:
+        for function in self.masks:
+            if "s" in parameters(function):
+                raise OptionError(f"{getattr(function, '__name__', 'a mask')} asks for the score, which no mask sees")
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -93,21 +98,27 @@ class Formula:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         given = self._given(tensors, at)
         scores = query @ key.mT * scale
-        scores = self._scored(scores, **given) if self.scores else scores
-        seen = self._visible(**given) if self.masks else None
+        if self.scores:
+            scored = torch.as_tensor(self._scored(scores, **given), device=query.device)
+            scores = scored.to(torch.promote_types(scored.dtype, scores.dtype)).expand(scores.shape)
+        seen = torch.as_tensor(self._visible(**given), device=query.device) if self.masks else None
         if real is not None:
             seen = real if seen is None else seen & real
         if seen is None:
-            return normalised(scores, sink, self.normaliser) @ value
+            return normalised(scores, sink, self.normaliser).to(value.dtype) @ value
         seen = seen.expand(scores.shape)
         weights = normalised(scores.masked_fill(~seen, float("-inf")), sink, self.normaliser)
-        return weights.masked_fill(~seen, 0.0) @ value
+        return weights.masked_fill(~seen, 0.0).to(value.dtype) @ value
 
 
 @cache
 def _expressions(formula: Formula, kinds: Any) -> tuple[Expression | None, Expression | None]:
     mask = traced(_joined(formula._visible, formula.masks), formula.numbers, dict(kinds)) if formula.masks else None
-    score = traced(_joined(formula._scored, formula.scores), formula.numbers, dict(kinds)) if formula.scores else None
+    score = None
+    if formula.scores:
+        score = traced(_joined(formula._scored, formula.scores, ("s",)), formula.numbers, dict(kinds))
+    if mask and kind_of(mask.result) != "bool":
+        raise OptionError(f"{mask.name} gives a number; a mask says True where a key is seen, as in x != 0")
     return mask, score
 
 
@@ -123,7 +134,7 @@ def indices(query: Tensor, key: Tensor) -> dict[str, Tensor]:
 
 
 class _Edged:
-    """A captured tensor: indices outside of it are moved to its edge."""
+    """A captured tensor: indices outside of it are moved to its edge, and whole numbers do not wrap around."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -131,16 +142,19 @@ class _Edged:
     def __getitem__(self, index: Any) -> Tensor:
         places = index if isinstance(index, tuple) else (index,)
         moved = [torch.as_tensor(p).clamp(0, n - 1) for p, n in zip(places, self.tensor.shape, strict=True)]
-        return self.tensor[tuple(moved)]
+        found = self.tensor[tuple(moved)]
+        return found.long() if kind_of_type(found.dtype) == "int" else found
 
 
 def _called(function: IndexFunction, given: Mapping[str, Any]) -> Any:
     return function(**{name: given[name] for name in parameters(function)})
 
 
-def _joined(function: Callable[..., Any], parts: tuple[IndexFunction, ...]) -> Callable[..., Any]:
-    """A function that asks for what its parts ask for."""
-    names = dict.fromkeys(name for part in parts for name in parameters(part))
+def _joined(
+    function: Callable[..., Any], parts: tuple[IndexFunction, ...], also: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """A function that asks for what its parts ask for, and for these."""
+    names = dict.fromkeys([*also, *(name for part in parts for name in parameters(part))])
     return asking(function, names, " & ".join(getattr(part, "__name__", "?") for part in parts))
 
 

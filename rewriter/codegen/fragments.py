@@ -10,7 +10,7 @@ import torch
 
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import TRITON, printed, word
-from rewriter.codegen.expression import Expression, Kind, above, places
+from rewriter.codegen.expression import Expression, Kind, above, kind_of, places
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.source import interpreted, rendered
 from rewriter.errors import OptionError
@@ -105,7 +105,8 @@ def _title(mask: Expression | None, score: Expression | None) -> str:
 
 def _fragment(expression: Expression) -> dict[str, Any]:
     lines, (result,) = printed(expression.graph, TRITON)
-    return {"name": expression.name, "lines": lines, "result": result}
+    whole = expression.uses("s") and kind_of(expression.result) == "float"  # a number for each score
+    return {"name": expression.name, "lines": lines, "result": result, "whole": whole}
 
 
 def _slopes(score: Expression) -> dict[str, Any]:

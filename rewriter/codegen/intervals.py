@@ -30,12 +30,17 @@ def interval(expression: Expression, given: Mapping[str, Interval], tensors: Map
         elif spelled(node) == "getitem":
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            values[node] = _read(tensors[str(source.target)], [of(place) for place in places(node)])
+            read = tensors[str(source.target)]
+            if read.dtype != torch.bool:  # as kernels calculate, without wrapping around
+                read = read.float() if read.is_floating_point() else read.long()
+            values[node] = _read(read, [of(place) for place in places(node)])
         elif spelled(node) == "constant":
             values[node] = of(node.args[1])
         elif spelled(node) == "clamp":
-            low, high = (torch.as_tensor(end) for end in of(node.args[0]))
-            values[node] = (low.clamp(*bounds(node)), high.clamp(*bounds(node)))
+            low, high = bounds(node)
+            inner = of(node.args[0])
+            inner = inner if low is None else _RULES["maximum"](inner, of(low))
+            values[node] = inner if high is None else _RULES["minimum"](inner, of(high))
         else:
             operation = spelled(node)
             assert operation is not None

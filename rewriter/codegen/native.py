@@ -31,7 +31,8 @@ from rewriter.errors import OptionError
 from rewriter.site import Refusal
 
 _ELEMENTS = {"float32": "float", "bfloat16": "at::BFloat16"}
-_CAPTURED = _ELEMENTS | {"float64": "double", "bool": "bool", "int32": "int32_t", "int64": "int64_t"}
+_FLOATING = _ELEMENTS | {"float16": "at::Half", "float64": "double"}
+_CAPTURED = _FLOATING | {"bool": "bool", "uint8": "uint8_t", **{f"int{n}": f"int{n}_t" for n in (8, 16, 32, 64)}}
 _NORMALISERS = ("softmax", "sigmoid", "relu")
 _TORCH = Path(torch.__file__).parent
 _LINKS = (f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
@@ -121,7 +122,7 @@ def source(spec: Spec) -> str:
     values["head_dim"] = _padded(spec)
     values["dtype"] = _ELEMENTS[spec.dtype]
     values["captures"] = [(name, _CAPTURED[dtype], rank) for name, dtype, rank in spec.captures]
-    return rendered("softmax.cpp.jinja", **values)
+    return rendered("softmax.cpp.jinja", **values, floating=[*_FLOATING.values()])
 
 
 def compiler() -> str | None:
