@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from rewriter.codegen.blocks import runs_of
+from rewriter.codegen.blocks import Lists, runs_of
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import CPP, TRITON, printed
 from rewriter.codegen.expression import traced
@@ -111,6 +111,21 @@ def test_blocks_of_masks_that_read_tensors(seed: int, q_len: int) -> None:
     assert check_blocks(Formula((padded,)), q_len, 70, 8, 8, padding=padding) == 0
     dense = torch.rand(1, 70, generator=generator) < 0.1
     check_blocks(Formula((of_tensor,)), 1, 70, 8, 8, mask=dense)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_lists_follow_what_is_written_into_a_tensor(mode: Any) -> None:
+    def padded(b: Any, j: Any, padding: Any) -> Any:
+        return padding[b, j]
+
+    with mode():
+        padding = torch.arange(64)[None] < 16
+        lists, query = Lists(Formula((padded,))), torch.zeros(1, 1, 64, 8)
+        first = lists(query, query, {"padding": padding}, 16, 16)
+        assert first.visited == 4
+        assert lists(query, query, {"padding": padding}, 16, 16) is first
+        padding[:, 16:32] = True
+        assert lists(query, query, {"padding": padding}, 16, 16).visited == 8
 
 
 def test_a_window_visits_what_it_needs() -> None:

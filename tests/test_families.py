@@ -98,11 +98,32 @@ def test_cpp_where_it_is_generated(capsys: pytest.CaptureFixture[str]) -> None:
         (["sdpa", "--blocks", "64,x"], "'64,x' is not block_m,block_n,num_warps,num_stages"),
         (["linear", "--blocks", "1,2,3,4,5,6"], "is not chunk,block_f,block_e,num_warps,num_stages"),
         (["linear", "--blocks", "24"], "chunk is 24; it must be a power of two"),
+        (["linear", "--blocks", "64,64,64,4,0"], "num_stages is 0; it must be at least 1"),
+        (["sdpa", "--blocks", "64,64,4,-1"], "num_stages is -1; it must be at least 1"),
+        (["sdpa", "--blocks", "64,64,4,2,0"], "splits is 0; it must be at least 1"),
+        (["sdpa", "--target", "gpu"], "The target 'gpu' has to be sm_NN or gfxNNN"),
+        (["sdpa", "--target", "sm_75"], "the limits of sm_75 are not known, only those of sm_80"),
+        (["sdpa", "--target", "cpu", "--dtype", "float16"], "generated C++ is for float32 and bfloat16"),
+        (["sliding_window", "--config", "window=wide"], "sliding_window is not defined for window=wide"),
+        (["sliding_window", "--config", "window"], "sliding_window is not defined for window"),
+        (["sliding_window", "--config", "window=-5"], "window is -5; it must be at least 0"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(given: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["kernels", "show", "--variant", *given]) == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("sizes", ["wide", "0", "64,,128", "512"])
+def test_head_sizes_of_defaults(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "defaults", "--target", "sm_90", "--sizes", sizes]) == 2
+    assert "is not head sizes from 1 to 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_what_is_known_of_a_mask_only_by_its_tensor_is_read(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["kernels", "show", "--variant", "sdpa", "--mask", "causal(0) & dense", "--target", target]) == 0
+    assert "in_mask" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")

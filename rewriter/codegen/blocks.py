@@ -120,7 +120,7 @@ class Lists:
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
-        self._known: dict[Any, tuple[tuple[weakref.ref[Tensor], ...], Runs]] = {}
+        self._known: dict[Any, tuple[list[_Read], Runs]] = {}
 
     def __call__(
         self,
@@ -144,14 +144,28 @@ class Lists:
             "block_m": block_m,
             "block_n": block_n,
         }
-        place = (*sizes.values(), transposed, query.device, *((id(t), t._version) for t in read))
-        held, found = self._known.get(place, ((), None))
-        if found is None or any(ref() is not tensor for ref, tensor in zip(held, read, strict=True)):
+        place = (*sizes.values(), transposed, query.device, *map(id, read))
+        held, found = self._known.get(place, ([], None))
+        if found is None or not all(own.is_still(tensor) for own, tensor in zip(held, read, strict=True)):
             if len(self._known) > 64:
                 self._known.clear()
             found = runs_of(mask, **sizes, tensors=tensors, transposed=transposed).to(query.device)
-            self._known[place] = tuple(map(weakref.ref, read)), found
+            self._known[place] = [_Read(tensor) for tensor in read], found
         return found
+
+
+class _Read:
+    """A tensor as it was read, to be told from what it becomes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        # In inference mode nothing counts what is written: only values tell.
+        self._told = tensor.clone() if tensor.is_inference() else tensor._version
+
+    def is_still(self, tensor: Tensor) -> bool:
+        if self._tensor() is not tensor:
+            return False
+        return torch.equal(self._told, tensor) if isinstance(self._told, Tensor) else tensor._version == self._told
 
 
 @cache

@@ -42,6 +42,8 @@ def show(
 ) -> Document:
     """Print the source that is generated for a variant at a site."""
     made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
+    if target != "cpu":
+        _known(target)
     text = made.cpp() if target == "cpu" else made.triton(_blocks(blocks, made, made.names[0], target))
     print(text)
     return {"source": text}
@@ -63,7 +65,7 @@ def compile_(
     """Compile a variant's kernels ahead of time, without the hardware, and say what is in the binaries."""
     made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
     found: list[Any] = []
-    names = [name.strip() for name in target.split(",")]
+    names = [_known(name.strip()) for name in target.split(",")]
     with progress() as advance:
         for name in names:
             for kernel in made.names:
@@ -88,7 +90,7 @@ def defaults(
 
     table: dict[str, Any] = {}
     with progress() as advance:
-        for name, kernel, size, best in ranked(target.split(","), [int(each) for each in sizes.split(",")]):
+        for name, kernel, size, best in ranked([_known(each.strip()) for each in target.split(",")], _heads(sizes)):
             advance(f"{name} {kernel} {size}", 0, None)
             config = asdict(best)
             config.pop("splits")
@@ -146,11 +148,33 @@ def _kernels(
             settings[name] = type(settings[name])(value)
         except ValueError:  # where other words have other settings
             settings[name] = value
+        if isinstance(number := settings[name], int) and number < 0:
+            raise OptionError(f"{name} is {value}; it must be at least 0")
     assert chosen.formula is not None
-    formula = chosen.formula(site, settings)
+    try:
+        formula = chosen.formula(site, settings)
+    except ValueError as cause:
+        raise OptionError(f"{variant} is not defined for {', '.join(config or [])}: {cause}") from cause
     if formula is None:
         raise OptionError(f"{variant} with these settings is several kernels: choose one of them")
     return kernels_of(formula, site)
+
+
+def _known(target: str) -> str:
+    """A target that has limits here."""
+    from rewriter.codegen.ahead import SHARED_KIB, parse_target
+
+    parse_target(target)
+    if target not in SHARED_KIB:
+        raise OptionError(f"the limits of {target} are not known, only those of {', '.join(SHARED_KIB)}")
+    return target
+
+
+def _heads(text: str) -> list[int]:
+    sizes = [int(each) if each.strip().isdecimal() else 0 for each in text.split(",")]
+    if not all(1 <= size <= 256 for size in sizes):
+        raise OptionError(f"{text!r} is not head sizes from 1 to 256, as 64,128")
+    return sizes
 
 
 def _blocks(text: str | None, made: Kernels, kernel: str, target: str) -> Any:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rewriter.codegen import cpp, fragments, linear_fragments, native
-from rewriter.codegen.expression import Kind
+from rewriter.codegen.expression import kind_of_type
 from rewriter.codegen.formula import Formula, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks
 from rewriter.errors import OptionError
-from rewriter.site import AttentionSite, Padding
+from rewriter.site import AttentionSite, Dense, Padding
 
 if TYPE_CHECKING:
     from rewriter.codegen.ahead import Binary
@@ -48,11 +48,13 @@ def kernels_of(formula: Formula | LinearFormula, site: AttentionSite) -> Kernels
 
 def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     sizes: dict[str, Any] = {"head_dim": site.head_dim, "v_head_dim": site.v_head_dim, "dtype": _dtype(site)}
-    kinds: dict[str, Kind] = {}
-    types: dict[str, torch.dtype] = {}
-    if site.mask.has(Padding):  # a tensor of each call
-        formula = reading(formula, ("padding",))
-        kinds, types = {"padding": "bool"}, {"padding": torch.bool}
+    types = {"padding": torch.bool} if site.mask.has(Padding) else {}  # of the tensors of each call
+    if site.bias != "none":
+        types["bias"] = _dtype(site)
+    elif site.mask.has(Dense):
+        types["mask"] = torch.bool
+    formula = reading(formula, types)
+    kinds = {name: kind_of_type(dtype) for name, dtype in types.items()}
 
     def default(kernel: str, target: str) -> Blocks:
         from rewriter.codegen.configs import default
@@ -64,12 +66,18 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
 
         return binaries(formula, blocks, target, **sizes, kinds=kinds, kernels=(kernel,))[0]
 
+    def written() -> str:
+        spec = cpp.spec_of(formula, **sizes, tensors=types)
+        if (refusal := spec.refusal()) is not None:
+            raise OptionError(str(refusal))
+        return native.source(spec)
+
     return Kernels(
         names=KERNELS,
         config=Blocks,
         default=default,
         triton=lambda blocks: fragments.source(formula, blocks, **sizes, kinds=kinds),
-        cpp=lambda: native.source(cpp.spec_of(formula, **sizes, tensors=types)),
+        cpp=written,
         binary=binary,
     )
 

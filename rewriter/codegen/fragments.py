@@ -32,6 +32,7 @@ class Blocks:
 
     def __post_init__(self) -> None:
         check_powers(self, block_m=16, block_n=16, num_warps=1)
+        check_least(self, num_stages=1, splits=1)
 
     @property
     def options(self) -> dict[str, int]:
@@ -45,6 +46,13 @@ def check_powers(config: Any, **least: int) -> None:
         value = getattr(config, name)
         if value < bound or value & (value - 1):
             raise OptionError(f"{name} is {value}; it must be a power of two, and at least {bound}")
+
+
+def check_least(config: Any, **least: int) -> None:
+    """Raises OptionError where one of these settings is below its least value."""
+    for name, bound in least.items():
+        if (value := getattr(config, name)) < bound:
+            raise OptionError(f"{name} is {value}; it must be at least {bound}")
 
 
 def source(

@@ -11,7 +11,7 @@ from torch import fx
 
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import TRITON, printed
-from rewriter.codegen.fragments import check_powers, power
+from rewriter.codegen.fragments import check_least, check_powers, power
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.source import interpreted, rendered
 
@@ -37,6 +37,7 @@ class LinearBlocks:
 
     def __post_init__(self) -> None:
         check_powers(self, chunk=16, block_f=16, block_e=16, num_warps=1)
+        check_least(self, num_stages=1)
 
     @property
     def options(self) -> dict[str, int]:
