@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from rewriter.codegen.layout import (
     share,
     to_boxes,
 )
+from rewriter.codegen.simulate import axes_of, bound, search, shapes
 from rewriter.errors import OptionError
 from rewriter.kernels.local.axial import Across, Along
 from rewriter.kernels.local.dilated import Global, Local
@@ -231,6 +233,31 @@ def test_configs_save_more_than_half_by_their_boxes() -> None:
         for config in found:
             windows = [int(word) for word in str(config["window"]).split("x")]
             assert math.prod(windows) <= 0.6 * math.prod(layout.sides)
+
+
+@pytest.mark.parametrize("tokens", ["24x24", "16x16x16", "64x64", "512"])
+def test_configs_have_the_strides_that_the_simulator_finds(tokens: str) -> None:
+    """Where a window of each query's own is not nearly as fast; and both count the same visits."""
+    site = on(tokens)
+    layout = layout_of(site)
+    assert isinstance(layout, Layout)
+    found = list(NEIGHBORHOOD.configs(site, Target.current()))
+    assert found and len({str(config) for config in found}) == len(found)
+    for config in found:
+        window, stride = (tuple(map(int, str(config[name]).split("x"))) for name in ("window", "stride"))
+
+        def best(strides: tuple[int, ...], window: tuple[int, ...] = window) -> float:
+            axes = axes_of(layout.sides, window, strides)
+            return max(bound(axes, tile, tile).speedup for tile in shapes(BOX, len(window)))
+
+        assert share(layout, tuple(map(Window, window, stride))) == pytest.approx(1 / best(stride))
+        highest = search(axes_of(layout.sides, window), BOX, BOX, alike=True)
+        assert best(stride) > 0.9 * highest.speedup and highest.query_tile == highest.key_tile
+        if max(stride) > 1:
+            assert best((1,) * len(window)) <= 0.9 * highest.speedup
+            assert best(stride) == pytest.approx(highest.speedup)
+        wide = itertools.product(*({1, 4, w // 2, w} for w in window))
+        assert all(best(each) <= highest.speedup * 1.0001 for each in wide)
 
 
 # --- identities between variants -------------------------------------------------------------------------------------

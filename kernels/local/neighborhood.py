@@ -16,19 +16,21 @@ in boxes of 64 tokens, memory O(N).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from rewriter.codegen.gridded import built_on_grid, defined_on_grid, formula_on_grid
-from rewriter.codegen.layout import Place, Rules, layout_of, numbers, plane_of, sparing
+from rewriter.codegen.layout import BOX, Place, Rules, layout_of, numbers, plane_of, sparing
+from rewriter.codegen.simulate import axes_of, bound, search, shapes
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Variant
 
 _KEPT = (1 / 2, 1 / 4, 1 / 8)  # of the keys of a grid
+_NEAR = 0.9  # of the highest bound on the speed
 _WINDOWS, _STRIDE = (1024, 512, 256), 64  # of a sequence; a stride of a block leaves one that has to be masked
 
 
@@ -91,20 +93,25 @@ def applies(site: AttentionSite, target: Target) -> bool | Refusal:
 
 
 def configs(site: AttentionSite, target: Target) -> list[Config]:
-    """The widest window first; none that would keep half."""
+    """The widest window first, with the stride that the simulator finds; none that would visit half of the boxes."""
     layout = layout_of(site)
     if isinstance(layout, Refusal):
         return []
     if layout.endless:
         return [{"window": w, "stride": _STRIDE} for w in _WINDOWS if site.kv_len is None or 2 * w < site.kv_len]
     rank = sum(size > 1 for size in layout.sides) or 1
-    found = []
-    for kept in _KEPT:
-        windows = [_part(size, kept ** (1 / rank)) for size in layout.sides]
-        strides = [[1] * len(windows), [-(-w // 2) for w in windows], windows]
-        offered: list[Config] = [{"window": _words(windows), "stride": _words(each)} for each in strides]
-        found += sparing(site, rules, offered)[:1]  # the least stride that saves enough
-    return found
+    windows = dict.fromkeys(tuple(_part(size, kept ** (1 / rank)) for size in layout.sides) for kept in _KEPT)
+    offered: list[Config] = [{"window": _words(w), "stride": _words(strides(layout.sides, w))} for w in windows]
+    return sparing(site, rules, offered)
+
+
+@cache
+def strides(sides: tuple[int, ...], windows: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the highest bound for boxes of `BOX` tokens; none where each query's own window comes near it."""
+    axes = axes_of(sides, windows)
+    best = search(axes, BOX, BOX, alike=True)
+    own = max(bound(axes, tile, tile).speedup for tile in shapes(BOX, len(sides)))
+    return (1,) * len(sides) if own > _NEAR * best.speedup else best.stride
 
 
 def _part(size: int, share: float) -> int:
@@ -112,7 +119,7 @@ def _part(size: int, share: float) -> int:
     return min(max(round(size * share / unit) * unit, 2), size)
 
 
-def _words(sizes: list[int]) -> str:
+def _words(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 

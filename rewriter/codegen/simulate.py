@@ -172,9 +172,10 @@ def _keys(axis: Axis, places: NDArray[np.int64]) -> NDArray[np.bool_]:
     return seen
 
 
-def search(axes: Sequence[Axis], query_tokens: int, key_tokens: int) -> Bound:
-    """The best strides and tiles for these windows, tiles being powers of two along each axis. Of equals, that of the
-    least stride, which is the nearest to a window of each query's own.
+def search(axes: Sequence[Axis], query_tokens: int, key_tokens: int, *, alike: bool = False) -> Bound:
+    """The best strides and tiles for these windows, tiles being powers of two along each axis, where they are `alike`
+    the same of queries and keys. Of equals, that of the least stride, which is the nearest to a window of each query's
+    own.
     """
 
     @cache
@@ -184,13 +185,16 @@ def search(axes: Sequence[Axis], query_tokens: int, key_tokens: int) -> Bound:
         return min(strided, key=lambda each: _visited(each, queries, keys)[0])
 
     found = []
-    for query_tile, key_tile in itertools.product(*(_shapes(n, len(axes)) for n in (query_tokens, key_tokens))):
+    for query_tile, key_tile in itertools.product(*(shapes(n, len(axes)) for n in (query_tokens, key_tokens))):
+        if alike and query_tile != key_tile:
+            continue
         chosen = [best(*each) for each in zip(range(len(axes)), query_tile, key_tile, strict=True)]
         found.append(bound(chosen, query_tile, key_tile))
     return max(found, key=lambda each: (each.speedup, each.dense, -math.prod(each.stride)))
 
 
-def _shapes(tokens: int, rank: int) -> Iterator[Sizes]:
+def shapes(tokens: int, rank: int) -> Iterator[Sizes]:
+    """The tiles of so many tokens whose sides are powers of two."""
     if tokens < 1 or tokens & (tokens - 1):
         raise OptionError(f"a tile of {tokens} tokens: a search takes powers of two")
     sides = [1 << n for n in range(tokens.bit_length())]
