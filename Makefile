@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadfile)
 
 test: check  ## everything that has to pass
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py tests/test_triton_linear.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py tests/test_triton_linear.py tests/test_triton_sampling.py
 
 check: .venv/ready  ## style and types
 	$(BIN)/ruff check

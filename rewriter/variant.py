@@ -26,6 +26,7 @@ from rewriter.target import Target
 if TYPE_CHECKING:
     from rewriter.codegen.formula import Formula
     from rewriter.codegen.linear_formula import LinearFormula
+    from rewriter.codegen.sampling_formula import SamplingFormula
 
 Config = Mapping[str, int | float | str | bool]
 """The settings of a variant at one site: plain values, as they stand in the plan."""
@@ -84,7 +85,7 @@ class Variant:
     cases: Sequence[Case] = field(default=(), repr=False)
     near_misses: Sequence[AttentionSite] = field(default=(), repr=False)
     elements: frozenset[str] = frozenset()
-    formula: Callable[[AttentionSite, Config], Formula | LinearFormula | None] | None = None
+    formula: Callable[[AttentionSite, Config], Formula | LinearFormula | SamplingFormula | None] | None = None
 
     def concerns(self, site: AttentionSite) -> bool:
         """Is it for attention of this kind: with scores, or to places in maps?"""

@@ -86,6 +86,22 @@ def test_kernel_and_operator_equal_their_definition(facts: dict[str, Any]) -> No
     assert_close(sampled(*wide), reference(*wide), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("facts", [{}, {"points": (3, 6, 1), "width": 7}, {"queries": 200, "reach": 30.0}], ids=str)
+def test_narrow_types_are_summed_in_float32(dtype: torch.dtype, facts: dict[str, Any]) -> None:
+    given = operands(**facts, dtype=dtype)
+    kernel = load(given[0][0].shape[4], dtype)
+    assert isinstance(kernel, SamplingKernel), kernel
+    wide = [[each.double() for each in part] for part in given[:2]]
+    expected = reference(*wide, given[2].double())
+    found = kernel(*given)
+    assert found.dtype == dtype
+    assert_close(found, expected, dtype)
+    assert torch.equal(attend(*given), found)
+    with pytest.raises(OptionError, match="was given float32"):
+        kernel(*operands(**facts))
+
+
 def test_equals_the_usual_spelling_without_what_it_stores() -> None:
     given = operands([(20, 30), (10, 15), (5, 8)], queries=500, width=32)
     assert_close(attend(*given), stored(*given), torch.float32)
@@ -105,6 +121,8 @@ def test_corners_borders_and_what_is_no_number() -> None:
     # The first and the last pixel, a quarter of the first, halves on the border, and nothing beyond.
     assert found[:6].tolist() == pytest.approx([1.0, 12.0, 0.25, 4.0, 0.0, 0.0])
     torch.testing.assert_close(found, sampled([level], [grid], weights).flatten(), equal_nan=True)
+    unknown = attend([level], [grid], weights * math.nan).flatten()
+    assert unknown.isnan().all(), "also where a place is outside"
 
 
 def test_maps_that_lie_otherwise() -> None:
@@ -131,6 +149,14 @@ def test_derivatives_are_those_of_the_definition() -> None:
 def test_one_node_of_a_traced_graph() -> None:
     given = operands()
     torch.library.opcheck(torch.ops.rewriter.sample.default, given)
+    leaves = [[each.detach().requires_grad_() for each in part] for part in given[:2]]
+    weights = given[2].detach().requires_grad_()
+    every = [*leaves[0], *leaves[1], weights]
+    above = torch.randn_like(sampled(*given))
+    expected = torch.autograd.grad(sampled(*leaves, weights), every, above)
+    for function in (torch.ops.rewriter.sample, torch.compile(torch.ops.rewriter.sample, backend="aot_eager")):
+        for actual, wanted in zip(torch.autograd.grad(function(*leaves, weights), every, above), expected, strict=True):
+            assert_close(actual, wanted, torch.float32)
     assert_close(torch.compile(attend, backend="aot_eager")(*given), attend(*given), torch.float32)
 
 
@@ -154,7 +180,7 @@ def test_what_does_not_fit_is_an_error() -> None:
 
 
 def test_without_a_compiler_it_is_refused_and_still_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewriter.codegen.sampling.load", lambda head_dim: Refusal("there is no C++ compiler"))
+    monkeypatch.setattr("rewriter.codegen.sampling.load", lambda *_: Refusal("there is no C++ compiler"))
     given = operands()
     assert_close(attend(*given), stored(*given), torch.float32)
 
@@ -218,7 +244,9 @@ def test_cases_of_the_variant(case: Any) -> None:
     site: AttentionSite = case.site
     given = samples_for(site)
     assert [each.shape[3] for each in given[1]] == [int(each) for each in (site.samples or "").split("+")]
-    assert_close(VARIANT.build(site, {})(*given), VARIANT.reference(*given, site, {}), torch.float32)
+    maps, grids, weights = given
+    expected = VARIANT.reference([x.double() for x in maps], [x.double() for x in grids], weights.double(), site, {})
+    assert_close(VARIANT.build(site, {})(*given), expected, site.torch_dtype)
     assert AttentionSite.parse(site.key()).samples == site.samples and f"samples {site.samples}" in str(site)
 
 

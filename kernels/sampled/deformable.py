@@ -2,8 +2,9 @@
 
     out_q = sum over maps l and places p of A_qlp * V_l(phi_l(r_q) + offset_qlp)       for each head; A: a softmax
 
-V_l(x) is bilinear between pixels and 0 outside. Work is O(Q * L * P * D) whatever the maps' size. Exact: in generated
-C++ each query keeps one row of sums, where the usual spelling stores all that is sampled, Q * L * P * D numbers a head.
+V_l(x) is bilinear between pixels and 0 outside. Work is O(Q * L * P * D) whatever the maps' size. Exact: in a generated
+kernel each query keeps one row of sums, where the usual spelling stores all that is sampled, Q * L * P * D numbers a
+head. Training on a CPU takes PyTorch's own sampling, level by level; on a GPU there is a backward kernel.
 
 The reference has two options more, of MS-Occ (Wei et al. 2025, arXiv:2504.15888), which fuses cameras and LiDAR: the
 depth of sparse points, spread by Gaussians, as one more channel of the maps; and the adaptive fusion with what another
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter.codegen.sampling import attend, load
+from rewriter.codegen.sampling import LARGEST, NUMBERS, attend, load
+from rewriter.codegen.sampling_formula import SamplingFormula
 from rewriter.site import AttentionSite, Full, Refusal
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Variant
@@ -105,13 +107,19 @@ def fused(own: Tensor, other: Tensor, gate: Tensor) -> Tensor:
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
-    """float32 on a CPU with a compiler."""
+    """float32, bfloat16 or float16, on a CPU with a compiler or on a GPU."""
     reason = ""
     if site.samples is None:
         reason = "its weights come from scores of queries and keys, not from the query alone"
-    elif site.device != "cpu" or site.dtype != "float32":
-        reason = f"there is a kernel for float32 on a CPU, and this is {site.dtype} on {site.device}"
-    elif isinstance(found := load(site.head_dim), Refusal):
+    elif site.torch_dtype not in NUMBERS:
+        reason = f"there are kernels for float32, bfloat16 and float16, and this is {site.dtype}"
+    elif site.device not in ("cpu", "cuda"):
+        reason = f"there are kernels for CPUs and GPUs, and this is on {site.device}"
+    elif site.head_dim > LARGEST:
+        reason = f"heads of {site.head_dim} are more than the {LARGEST} channels whose sums a kernel keeps"
+    elif site.device == "cuda" and target.triton is None:
+        reason = "a kernel for a GPU needs Triton, which is not installed"
+    elif site.device == "cpu" and isinstance(found := load(site.head_dim, site.torch_dtype), Refusal):
         reason = found.reason
     return Refusal(reason, site.path, site.source) if reason else True
 
@@ -119,6 +127,12 @@ def applies(site: AttentionSite, target: Target) -> bool | Refusal:
 def configs(site: AttentionSite, target: Target) -> Iterable[Config]:
     """Nothing to set."""
     return ({},)
+
+
+def formula(site: AttentionSite, config: Config) -> SamplingFormula:
+    """The places in each map."""
+    assert site.samples is not None
+    return SamplingFormula(tuple(map(int, site.samples.split("+"))))
 
 
 def build(site: AttentionSite, config: Config) -> Any:
@@ -139,7 +153,12 @@ VARIANT = Variant(
     applies=applies,
     configs=configs,
     build=build,
-    cases=[Case(site=_SITE), Case(site=replace(_SITE, samples="3+6+1", head_dim=7, v_head_dim=7))],
-    near_misses=[replace(_SITE, samples=None), replace(_SITE, dtype="bfloat16"), replace(_SITE, head_dim=1024)],
+    formula=formula,
+    cases=[
+        Case(site=_SITE),
+        Case(site=replace(_SITE, samples="3+6+1", head_dim=7, v_head_dim=7)),
+        Case(site=replace(_SITE, dtype="bfloat16")),
+    ],
+    near_misses=[replace(_SITE, samples=None), replace(_SITE, dtype="float64"), replace(_SITE, head_dim=1024)],
     elements=frozenset({"samples"}),
 )

@@ -24,6 +24,7 @@ V_HEAD_DIM = Annotated[int | None, typer.Option(min=1, max=256, help="Head size 
 DTYPE = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 MASK = Annotated[str, typer.Option(help="The mask of the site, as `rewriter explain` prints it.")]
 TOKENS = Annotated[str | None, typer.Option(help="How the tokens of the site lie, as 14x14+1: with one in front.")]
+SAMPLES = Annotated[str | None, typer.Option(help="Of attention to places in maps: how many in each, as 4+4+4.")]
 CONFIG = Annotated[list[str] | None, typer.Option(help="A setting of the variant, as window=256; may be repeated.")]
 BLOCKS = Annotated[str | None, typer.Option(help="The config's numbers, as 128,64,8,2; without it the shipped one.")]
 
@@ -37,11 +38,12 @@ def show(
     dtype: DTYPE = "bfloat16",
     mask: MASK = "causal(0)",
     tokens: TOKENS = None,
+    samples: SAMPLES = None,
     config: CONFIG = None,
     blocks: BLOCKS = None,
 ) -> Document:
     """Print the source that is generated for a variant at a site."""
-    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, samples, config)
     if target != "cpu":
         _known(target)
     text = made.cpp() if target == "cpu" else made.triton(_blocks(blocks, made, made.names[0], target))
@@ -58,12 +60,13 @@ def compile_(
     dtype: DTYPE = "bfloat16",
     mask: MASK = "causal(0)",
     tokens: TOKENS = None,
+    samples: SAMPLES = None,
     config: CONFIG = None,
     blocks: BLOCKS = None,
     as_json: JSON = False,
 ) -> Document:
     """Compile a variant's kernels ahead of time, without the hardware, and say what is in the binaries."""
-    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, config)
+    made = _kernels(variant, head_dim, v_head_dim, dtype, mask, tokens, samples, config)
     found: list[Any] = []
     names = [_known(name.strip()) for name in target.split(",")]
     with progress() as advance:
@@ -107,6 +110,7 @@ def _kernels(
     dtype: str,
     mask: str,
     tokens: str | None,
+    samples: str | None,
     config: list[str] | None,
 ) -> Kernels:
     """Those of a variant at a site with these facts."""
@@ -134,6 +138,7 @@ def _kernels(
         scale=head_dim**-0.5,
         mask=parsed,
         tokens=tokens,
+        samples=samples,
     )
     chosen = known[variant]
     refusal = chosen.takes(site, Target.current())

@@ -1,4 +1,4 @@
-"""What a formula at a site becomes, of either family of kernels: sources, configs, and binaries for other machines."""
+"""What a formula at a site becomes, of each family of kernels: sources, configs, and binaries for other machines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rewriter.codegen.formula import Formula, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks
+from rewriter.codegen.sampling_formula import SamplingFormula
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Dense, Padding
 
@@ -41,8 +42,10 @@ class Kernels:
     binary: Callable[[str, Any, str], Binary]
 
 
-def kernels_of(formula: Formula | LinearFormula, site: AttentionSite) -> Kernels:
+def kernels_of(formula: Formula | LinearFormula | SamplingFormula, site: AttentionSite) -> Kernels:
     """Those of the formula's family."""
+    if isinstance(formula, SamplingFormula):
+        return _sampled(formula, site)
     return _linear(formula, site) if isinstance(formula, LinearFormula) else _softmax(formula, site)
 
 
@@ -104,6 +107,23 @@ def _linear(formula: LinearFormula, site: AttentionSite) -> Kernels:
         default=lambda kernel, target: LinearBlocks.of(sizes["dtype"]),  # kernels of one call share their chunks
         triton=lambda blocks: linear_fragments.source(formula, blocks, **sizes),
         cpp=unwritten,
+        binary=binary,
+    )
+
+
+def _sampled(formula: SamplingFormula, site: AttentionSite) -> Kernels:
+    from rewriter.codegen import sampling, sampling_triton
+
+    def binary(kernel: str, blocks: sampling_triton.SamplingBlocks, target: str) -> Binary:
+        sizes: dict[str, Any] = {"head_dim": site.head_dim, "dtype": _dtype(site)}
+        return sampling_triton.binary(formula, blocks, target, kernel, **sizes)
+
+    return Kernels(
+        names=sampling_triton.KERNELS,
+        config=sampling_triton.SamplingBlocks,
+        default=lambda kernel, target: sampling_triton.SamplingBlocks.of(site.head_dim),
+        triton=lambda blocks: sampling_triton.source(formula, blocks, site.head_dim),
+        cpp=lambda: sampling.source(site.head_dim, _dtype(site)),
         binary=binary,
     )
 
