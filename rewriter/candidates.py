@@ -97,8 +97,10 @@ def difference_of(
         return 0.0
     if site.samples is not None:
         given: Any = samples_for(site.sized(batch=2, q_len=_SMALL[1], kv_len=_SMALL[0]))
+        maps, grids, weights = given
+        wide: Any = [each.double() for each in maps], [each.double() for each in grids], weights.double()
         with torch.no_grad():
-            return error(implementation(*given), sampled(*given))
+            return error(implementation(*given), sampled(*wide))
     q_len = 1 if site.q_len == 1 else _SMALL[site.q_len is not None and site.q_len != site.kv_len]
     small = site.sized(batch=2, q_len=q_len, kv_len=_SMALL[0])
     tensors = inputs(small, seed=0)

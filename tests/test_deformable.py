@@ -550,6 +550,21 @@ def test_optimize_decides_reports_and_gives_back(tmp_path: Path, always_worth_it
     rewriter.restore(layer)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_layer_comes_nearer_to_its_definition(dtype: torch.dtype, always_worth_it: None) -> None:
+    """PyTorch's sampling works with pixels' places in the narrow type; a kernel is held to what they mean."""
+    layer, given = Layer(stacked).eval().to(dtype), tuple(each.to(dtype) for each in arguments())
+    with torch.no_grad():
+        before = layer(*given).double()
+        rewriter.optimize(layer)
+        after = layer(*given).double()
+        plan: Any = rewriter.plan_of(layer)
+        rewriter.restore(layer)
+        expected = layer.double()(*(each.double() for each in given))
+    assert plan.decisions[0].variant == "deformable"
+    assert (after - expected).abs().max() <= (before - expected).abs().max()
+
+
 def test_behind_other_compilers_and_exported(always_worth_it: None) -> None:
     layer, given = Layer(stacked).eval(), arguments()
     torch.compiler.reset()
