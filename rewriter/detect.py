@@ -32,7 +32,7 @@ from rewriter.sampled import SampledMatch
 from rewriter.sampled_reading import read_samples
 from rewriter.site import AttentionSite, Causal, Dense, Full, Mask, Refusal
 from rewriter.tokens import place_tokens
-from rewriter.walk import Stop, Walk, is_linear_attention
+from rewriter.walk import Product, Stop, Walk, is_linear_attention
 
 
 @dataclass
@@ -82,6 +82,7 @@ def detect(gm: Graph, names: Mapping[str, str] | None = None, *, observe: bool =
             if (part := taken.pop((match.output, match.reading.inner), None)) is not None:
                 found.kept.remove(part)  # more was done to its weights, and so it is none of the matches
             taken[match.output, match.reading.weights] = match
+            detector.outputs.add(match.output)
             (found.kept if match.site.edits else found.matches).append(match)
         elif isinstance(match, Refusal):
             found.refusals.append(dataclasses.replace(match, path=path, source=source_line(node)))
@@ -114,6 +115,8 @@ class _Detector:
         self.observe = observe
         self.walk, self.proof = Walk(), Proof()
         self.masks: dict[tuple[fx.Node, str], list[MaskReading | Bias]] = {}
+        self.outputs: set[fx.Node] = set()
+        """Of what is known to be an attention so far."""
 
     def read(self, node: fx.Node) -> Reading | Refusal | None:
         """The attention at this node; None where nothing is like attention."""
@@ -129,6 +132,8 @@ class _Detector:
             if normaliser.kind == "softmax" and is_changed(normaliser.scores) and _meets_values(node):
                 return Refusal("the scores are written in place, piece by piece")
             return None
+        if normaliser.kind != "softmax" and isinstance(up, Product) and up.node in self.outputs:
+            return None  # What an attention gives goes through an activation as all layers do.
         down = self.walk.down(node)
         if isinstance(down, Stop):
             return down.refusal if normaliser.kind == "softmax" and _meets_values(node) else None

@@ -575,6 +575,31 @@ def test_look_alikes_are_left_alone_in_silence(rewrite: Any, model: Any) -> None
     assert torch.equal(result.out, model(x))
 
 
+class Cascade(nn.Module):
+    """Heads one after the other over a map, each fed with what came out of the last; joined, activated, projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Conv2d(8, 24, 1) for _ in range(2))
+        self.out = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            heads: list[Tensor] = []
+            for part, layer in zip(x.chunk(2, 1), self.qkv, strict=True):
+                q, k, v = layer(part + heads[-1] if heads else part).flatten(2).chunk(3, 1)
+                heads.append((v @ (q.mT @ k * 0.35).softmax(-1).mT).unflatten(2, x.shape[2:]))
+            x = x + self.out(torch.cat(heads, 1).relu())
+        return x
+
+
+def test_what_an_attention_gives_is_no_score_of_another(rewrite: Any) -> None:
+    model, x = Cascade(), torch.randn(2, 16, 3, 4)
+    result = rewrite(model, x)
+    assert [site.normaliser for site in result.sites] == 4 * ["softmax"]
+    assert len(result.matches) == 4
+
+
 def test_squeeze_and_excitation(rewrite: Any) -> None:
     model, x = SqueezeExcite(), torch.randn(2, 8, 4, 4)
     result = rewrite(model, x)
