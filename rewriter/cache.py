@@ -95,13 +95,24 @@ def _digest(text: str) -> str:
 def _run(statement: str, *values: str) -> Any:
     """The first row that it gives, from a file that is moved aside and begun anew if it is not ours or damaged."""
     path = cache_dir() / _NAME
+    known = _identity(path)
     try:
         return _run_in(path, statement, values)
     except sqlite3.OperationalError:
         raise  # a full disk, or others that do not end writing
     except sqlite3.DatabaseError as error:
-        _move_aside(path, str(error))
+        if _identity(path) == known:  # else another process has done it, and this is the new one
+            _move_aside(path, str(error))
         return _run_in(path, statement, values)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that has this name now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _run_in(path: Path, statement: str, values: tuple[str, ...]) -> Any:
@@ -120,11 +131,11 @@ def _run_in(path: Path, statement: str, values: tuple[str, ...]) -> Any:
 
 
 def _move_aside(path: Path, reason: str) -> None:
-    """With its journals, which are of no use to another file."""
+    """With its journals, which go first: those of the file that comes next have the same names."""
     number = 1
     while (aside := path.with_name(f"{path.name}.unusable-{number}")).exists():
         number += 1
-    path.rename(aside)
-    for journal in ("-wal", "-shm", "-journal"):
-        path.with_name(path.name + journal).unlink(missing_ok=True)
+    for end in ("-wal", "-shm", "-journal", ""):
+        with suppress(FileNotFoundError):  # moved by another process just now, or there is none
+            path.with_name(path.name + end).rename(aside.with_name(aside.name + end))
     log.warning(f"The cache file {path} cannot be used ({reason}): it is {aside.name} now, and a new one begins.")

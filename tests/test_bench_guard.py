@@ -66,7 +66,7 @@ def window_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ran(outcome: str = "approximate", drop: float = 0.005, faster: float = 2.0, model: str = "a") -> Run:
-    return Run(model, 64, 0.01, 0, outcome, drop, 0.004, 7, faster, 1.0)
+    return Run(model, 64, 0.01, 0, outcome, drop, 0.004, 7, faster, 20, 240, 1.0)
 
 
 def test_a_run_is_measured_on_fresh_data_and_kept(
@@ -78,6 +78,8 @@ def test_a_run_is_measured_on_fresh_data_and_kept(
     loose, strict = found
     assert loose.outcome == "approximate" and loose.faster == 2.0 and 1e-5 < abs(loose.drop) <= 0.5
     assert strict.outcome == "exact" and abs(strict.drop) < 1e-5
+    least = 2 + 3 + 3 * 4 + 1  # does it repeat itself, the original, effects, and a trial that is lost at once
+    assert loose.all == strict.all > 0 and min(loose.calls, strict.calls) >= least, "also where the cache knew them"
     assert session_of(among.loaded(tiny).model) is None, "the next run starts from the original"
 
     def never(host: Host) -> Loaded:
@@ -146,7 +148,7 @@ def test_what_is_counted() -> None:
     assert not summaries([*kept[1:], ran(drop=0.0151)])[0].holds, "none by more than a half"
     assert not summaries([*kept[2:], ran(drop=0.011), ran(drop=0.011)])[0].holds, "two in twenty are too many"
     assert [total.model for total in summaries([ran(), ran(model="b")])] == ["a", "b", "all"]
-    assert guard_tables.rows([one_more])[0] == ("a", "20", "18", "1", "1 (5%)", "1.49", "2.00x")
+    assert guard_tables.rows([one_more])[0] == ("a", "20", "18", "1", "1 (5%)", "1.49", "2.00x", "12.0x")
 
 
 def test_the_command(

@@ -119,6 +119,29 @@ def test_a_file_that_cannot_be_used_is_moved_aside_and_kept(
     assert recall("k", "150") == 8
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["a new one has begun", "none is there yet"])
+def test_what_another_process_moved_aside_is_not_moved_again(
+    folder: Path, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged(folder / FILE)
+    real, calls = cache._run_in, list[str]()
+
+    def first_they(path: Path, statement: str, values: tuple[str, ...]) -> Any:
+        calls.append(statement)
+        try:
+            return real(path, statement, values)
+        except sqlite3.DatabaseError:
+            path.rename(folder / "aside")
+            if begun:
+                real(path, "replace into remembered values (?, ?, ?)", ("k", "theirs", cache._digest("1") + " 1"))
+            raise
+
+    monkeypatch.setattr(cache, "_run_in", first_they)
+    remember("k", "ours", 2)
+    assert len(calls) == 2 and recall("k", "ours") == 2 and recall("k", "theirs") == (1 if begun else None)
+    assert not [each for each in folder.iterdir() if "unusable" in each.name]
+
+
 def test_a_cache_of_an_earlier_version_is_ours(folder: Path) -> None:
     with sqlite3.connect(folder / FILE) as database:
         database.execute("create table remembered (kind, place, value, primary key (kind, place))")

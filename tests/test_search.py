@@ -17,8 +17,10 @@ from rewriter.guard import Measurement
 from rewriter.kernels.exact.sdpa import VARIANT as SDPA
 from rewriter.kernels.local.sliding_window import VARIANT as WINDOW
 from rewriter.metrics import Metric
+from rewriter.report.facts import Facts
+from rewriter.report.tables import searched as searched_in_words
 from rewriter.site import AttentionSite, Causal
-from rewriter.tune import whole
+from rewriter.tune import predict, scores, whole
 from rewriter.tune.choices import Candidate, SiteChoices, Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench
@@ -46,7 +48,7 @@ class Scores:
         self._drop = drop
         self.asked: list[Windowed] = []
 
-    def of(self, named: Any) -> Measurement:
+    def of(self, named: Any, lost: Any) -> Measurement:
         self.asked.append(windowed(named))
         return Measurement(METRIC, ((self._drop(self.asked[-1]), 1.0),))
 
@@ -77,10 +79,10 @@ def searched(sites: Sequence[Windows], drop: Callable[[Windowed], float], bound:
         Record(),
     )  # fmt: skip
     tuning.choices = {str(n): choices(str(n), windows) for n, windows in enumerate(sites)}
-    scores: Any = Scores(drop)
-    tuning.search(scores, ORIGINAL, bound)
+    asked: Any = Scores(drop)
+    tuning.search(asked, ORIGINAL, bound)
     best = tuning.tries()[0]
-    return windowed(tuning.named(best.solution)), best.cost, scores.asked
+    return windowed(tuning.named(best.solution)), best.cost, asked.asked
 
 
 @pytest.mark.parametrize("harm", [0.5, 1e3], ids=["some", "all"])
@@ -216,3 +218,34 @@ def test_a_model_that_needs_one_of_each_group(groups: list[int], priced: None) -
     fresh = [marked(100 + seed) for seed in range(8)]
     similar = [nn.functional.cosine_similarity(model(x), Redundant(groups)(x), dim=-1).mean() for x in fresh]
     assert 1 - torch.stack(similar).mean().item() <= 0.01
+
+
+def test_calls_are_counted(priced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are: of both halves of the data, there and back, and of plans only until they are lost."""
+    counts: dict[str, int] = {}
+
+    def counting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    for owner, name in ((scores, "evaluate"), (scores, "measure_original"), (predict, "gradients")):
+        counting(owner, name)
+    options: dict[str, Any] = {"metric": "cosine", "max_drop": 0.01, "variants": ["sdpa", "sliding_window"]}
+    model = rewriter.optimize(Redundant([2]).eval(), [marked(seed) for seed in range(24)], **options)
+    plan = rewriter.plan_of(model)
+    assert plan is not None and plan.search is not None
+    search = plan.search
+    # All windowed is lost with the first of eight batches; then each alone, and on the rest what was found.
+    assert [trial["within"] for trial in search["trials"]] == [False, True]
+    assert counts == {"measure_original": 24, "gradients": 4, "evaluate": 1 + 8 + 16}
+    assert search["evaluations"] == search["needed"] == 2 + 24 + 4 * 4 + 25
+    assert search["guarding"] == 16 + 16 and search["pairs"] == 4
+    assert search["exhaustive"] == search["exhaustive_by_heads"] == 2 * 8
+    assert "To search takes 35 calls" in searched_in_words(Facts.of(plan)) and "would take 16" in searched_in_words(
+        Facts.of(plan)
+    )

@@ -12,12 +12,14 @@ from rewriter.bench.hosts import title_of
 from rewriter.bench.simple import Compared
 from rewriter.bench.tables import as_markdown, print_table
 
-COLUMNS = ("model", "runs", "approximate", "original", "exceeded", "worst", "faster")
+COLUMNS = ("model", "runs", "approximate", "original", "exceeded", "worst", "faster", "calls")
 LEGEND = (
     "runs: guarded searches, each with a bound and a seed. approximate: returned a model whose answers changed; "
     "original: returned it as it was; the others placed exact variants only. exceeded: beyond the bound on fresh data, "
     f"which may be {MOST_EXCEEDED:.0%} of the runs; worst: the largest drop there, in bounds, which may be "
-    f"{MOST_TIMES:g}. faster: the original's time over the result's, end to end, median."
+    f"{MOST_TIMES:g}. faster: the original's time over the result's, end to end, median. calls: how many times fewer "
+    "calls of the model a search needs (a backward pass counts as two) than to try each candidate at each head end to "
+    "end, median."
 )
 
 
@@ -32,6 +34,7 @@ def rows(totals: Sequence[Summary]) -> list[tuple[str, ...]]:
             f"{total.exceeded:,} ({total.exceeded / total.runs:.0%})",
             f"{total.worst:.2f}",
             f"{total.faster:.2f}x",
+            f"{total.spared:.1f}x",
         )
         for total in totals
     ]

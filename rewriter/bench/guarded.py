@@ -56,6 +56,8 @@ class Run:
              "approximate"
     drop     on fresh data, and `guarded` on the held-out data of the guard
     faster   the original's time over the result's, end to end; 1 where the model came back as it was
+    calls    of the model to search, without a cache; a backward pass counts as two
+    all      calls to try each (head, candidate) pair that the search decides on end to end, on the same data
     """
 
     model: str
@@ -67,6 +69,8 @@ class Run:
     guarded: float
     fresh: int
     faster: float
+    calls: int
+    all: int
     seconds: float
 
     @property
@@ -81,7 +85,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs on one model, or on all. `worst` is the largest drop in bounds; `faster` the median."""
+    """The runs on one model, or on all. `worst` is the largest drop in bounds; `faster` and `spared` (all calls over
+    those that a search needs) are medians.
+    """
 
     model: str
     runs: int
@@ -90,6 +96,7 @@ class Summary:
     exceeded: int
     worst: float
     faster: float
+    spared: float
 
     @property
     def holds(self) -> bool:
@@ -208,6 +215,7 @@ def searched(loaded: Loaded, bound: float, seed: int, progress: Advance) -> Run:
     try:
         report = rewriter.report_of(result)
         assert report is not None and report.plan is not None and report.verdict is not None
+        assert report.plan.search is not None
         changed = any(decision.variant != ORIGINAL for decision in report.plan.decisions)
         progress("measure fresh data", 0, None)
         return Run(
@@ -220,6 +228,8 @@ def searched(loaded: Loaded, bound: float, seed: int, progress: Advance) -> Run:
             guarded=report.verdict.drop,
             fresh=len(fresh),
             faster=report.timings[0].ratio if changed and report.timings else 1.0,
+            calls=report.plan.search["needed"] - report.plan.search["guarding"],
+            all=report.plan.search["exhaustive_by_heads"],
             seconds=seconds,
         )
     finally:
@@ -243,4 +253,5 @@ def _summary(model: str, runs: Sequence[Run]) -> Summary:
         exceeded=sum(run.times > 1 for run in runs),
         worst=max(run.times for run in runs),
         faster=median(run.faster for run in runs),
+        spared=median(run.all / run.calls for run in runs),
     )

@@ -151,7 +151,9 @@ def site_of(decision: Decision) -> AttentionSite | None:
         return None
 
 
-_NUMBERS = ("bound", "evaluations", "pairs", "seconds")
+_NUMBERS = (
+    "bound", "evaluations", "needed", "guarding", "exhaustive", "exhaustive_by_heads", "pairs", "seconds"
+)  # fmt: skip
 _KINDS: dict[str, tuple[type, ...]] = {
     "float": (int, float), "str": (str,), "bool": (bool,), "int": (int,), "float | None": (int, float, type(None))
 }  # fmt: skip

@@ -72,7 +72,20 @@ def searched(facts: Facts) -> str:
     words = {"pairs": "site and candidate pairs timed", "evaluations": "calls of the model for accuracy",
              "seconds": "seconds"}  # fmt: skip
     said = [f"{value:,.4g} {words[name]}" for name, value in counts.items()]
-    return ", ".join([*said, f"{len(facts.trials)} tried as a whole"]) + "."
+    return ", ".join([*said, f"{len(facts.trials)} tried as a whole"]) + "." + _spared(facts.search)
+
+
+def _spared(search: Mapping[str, Any]) -> str:
+    """What the search needs beside trying everything; nothing where nothing changes the result."""
+    whole, by_heads = (search.get(name, 0) for name in ("exhaustive", "exhaustive_by_heads"))
+    if not whole or "needed" not in search:
+        return ""
+    calls = search["needed"] - search.get("guarding", 0)
+    heads = f", each head by itself {by_heads:,.0f}" if by_heads and by_heads != whole else ""
+    return (
+        f" To search takes {calls:,.0f} calls without a cache, a backward pass counted as two; to try each pair that "
+        f"changes the result end to end would take {whole:,.0f}{heads}."
+    )
 
 
 def _print_measured(timings: Sequence[Timing], verdict: Verdict | None, console: Console) -> None:

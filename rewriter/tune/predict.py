@@ -32,6 +32,8 @@ _MOST_SAMPLES = 2
 """Batches kept for fitting a learned variant at a site."""
 _MOST_BATCHES = 4
 """Batches on which effects are predicted."""
+CALLS_A_BATCH = 4
+"""Of the model, to predict effects: there and back, which counts as two, and once more beside the candidates."""
 MOST_PLANTED = 2
 """Texts on which the loss of recall is predicted."""
 
@@ -97,6 +99,8 @@ class Predictor:
             path: [[c.variant.name, dict(c.config)] for c in choices.others] for path, choices in self.choices.items()
         }
         what = [digest_of(batch), metric.name, named, seed]
+        if not self.ledger.knows("effects", what):
+            self.record.needed += CALLS_A_BATCH
         found: dict[str, Any] = self.ledger.measured(
             "effects", what, lambda: self._effects_on(metric, batch, seed + number)
         )
@@ -108,7 +112,7 @@ class Predictor:
         self.switches.active = exact  # keeps less for the way back than scores that are written out
         generator = torch.Generator().manual_seed(seed)
         way_back = gradients(self.model, self.switches, metric, batch, generator)
-        self.record.evaluations += 2
+        self.record.evaluations += CALLS_A_BATCH
         sites: dict[str, dict[str, list[Any]]] = {}
         calls: dict[str, int] = {}
 

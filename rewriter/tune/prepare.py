@@ -63,12 +63,12 @@ class Prepared:
     held_out: Sequence[Batch]
     probe: Probe | None
 
-    def scores_on(self, batches: Sequence[Batch]) -> Scores:
-        """The metric of the search on some batches."""
+    def scores_on(self, batches: Sequence[Batch], *, guarding: bool = False) -> Scores:
+        """The metric of the search on some batches, which are held out or not."""
         tuning = self.tuning
         return Scores(
             self.metric, tuning.model, batches, tuning.about, original=partial(unrouted, tuning.model),
-            record=self.record, fresh=self.request.fresh,
+            record=self.record, fresh=self.request.fresh, guarding=guarding,
         )  # fmt: skip
 
     def compared(self, plans: Sequence[Any], batch: Batch, measure: Callable[[], list[float]]) -> Sequence[float]:
@@ -106,7 +106,8 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     on_held_out = None
     if causal and predicts_ids(search_part[0], outputs):
         guiding, on_held_out = (
-            probe_on(part, model, request, tuning.about, record) for part in (search_part, held_out)
+            probe_on(part, model, request, tuning.about, record, guarding=part is held_out)
+            for part in (search_part, held_out)
         )
         if guiding is not None and guiding.scores.batches and guiding.bound > 0:
             tuning.recall = Recall(guiding.scores, request.max_drop / guiding.bound)
@@ -118,7 +119,13 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
 
 
 def probe_on(
-    batches: Sequence[Batch], model: nn.Module, request: Request, about: Sequence[Any] | None, record: Record
+    batches: Sequence[Batch],
+    model: nn.Module,
+    request: Request,
+    about: Sequence[Any] | None,
+    record: Record,
+    *,
+    guarding: bool,
 ) -> Probe | None:
     """How a causal language model is asked, in texts of these batches; None where it is not to be. Without `about`
     nothing of it is kept for another run.
@@ -128,7 +135,7 @@ def probe_on(
         return None
     scores = Scores(
         probes.RECALL, model, probes.planted(batches, request.seed), about or (), original=partial(unrouted, model),
-        record=record, fresh=request.fresh, kept=about is not None,
+        record=record, fresh=request.fresh, kept=about is not None, guarding=guarding,
     )  # fmt: skip
     return Probe(scores, bound, request.progress)
 

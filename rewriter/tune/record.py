@@ -52,7 +52,11 @@ class Trial:
 class Record:
     """How a plan was found.
 
-    evaluations  calls of the model that were spent on measuring accuracy
+    evaluations  calls of the model that were spent on measuring accuracy; a backward pass counts as two
+    needed       the same with those that an earlier run has made, which the cache remembers
+    guarding     those of them that are of held-out data: the guard, and not the search
+    exhaustive   calls that it would take to try each pair that changes the result end to end, on the data of the search
+    exhaustive_by_heads  the same for each head by itself, which is what the search decides
     pairs        (site, candidate) pairs that were measured
     effects      how the effect of a candidate was predicted: "gradients", or "local errors"
     """
@@ -61,6 +65,10 @@ class Record:
     bound: float = 0.0
     unit: str = "ms"
     evaluations: int = 0
+    needed: int = 0
+    guarding: int = 0
+    exhaustive: int = 0
+    exhaustive_by_heads: int = 0
     pairs: int = 0
     effects: str = ""
     timeline: list[Stage] = field(default_factory=list)
@@ -108,9 +116,16 @@ class Ledger:
     kept: bool = True
     known: dict[tuple[str, str], Any] = field(default_factory=dict)
 
+    def knows(self, kind: str, what: Any) -> bool:
+        """Was it asked for before in this run?"""
+        return self._place(kind, what) in self.known
+
+    def _place(self, kind: str, what: Any) -> tuple[str, str]:
+        return kind, digest([kind, *self.about, what])
+
     def measured(self, kind: str, what: Any, make: Callable[[], Any], *, keep: bool = True) -> Any:
         """The remembered value, plain as JSON is, or a new one, which is left for the next run only if `keep`."""
-        place = kind, digest([kind, *self.about, what])
+        place = self._place(kind, what)
         if place not in self.known:
             found = None if self.fresh or not self.kept else recall(*place)
             if found is None:

@@ -19,7 +19,7 @@ from rewriter.session import rerouted
 from rewriter.site import Causal
 from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
-from rewriter.tune.predict import MOST_PLANTED
+from rewriter.tune.predict import CALLS_A_BATCH, MOST_PLANTED, sampled
 from rewriter.tune.record import Progress, Record
 from rewriter.tune.search import MOST_TRIALS, Tuning
 from rewriter.tune.slots import SlotRewriter
@@ -78,10 +78,10 @@ def rehearsed(
     resolve_metric(metric, searched[0], outputs, causal=causal)
     found = [workbench.candidates(region)[0] for region in slots.regions.values()]
     original = len(searched) + len(held_out)
-    effects = 2 * min(len(searched), 4)
+    effects = CALLS_A_BATCH * len(sampled(searched))
     is_language_model = causal and predicts_ids(searched[0], outputs)
     planted = [len(probes.planted(part, seed)) if is_language_model else 0 for part in (searched, held_out)]
-    recall = (1 + MOST_TRIALS) * planted[0] + 2 * min(planted[0] // 2, MOST_PLANTED) + 3 * planted[1]
+    recall = (1 + MOST_TRIALS) * planted[0] + CALLS_A_BATCH * min(planted[0] // 2, MOST_PLANTED) + 3 * planted[1]
     return Rehearsal(
         sites=len(found),
         kinds=len({region.identity() for region in slots.regions.values()}),

@@ -80,17 +80,21 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
 
     def repeats() -> bool:
         check_repeats(metric, model, search_part[0], dtype)
+        record.evaluations += 2
         return True
 
+    record.needed += 2
     Ledger(tuning.about, request.fresh, kept=is_built_in(metric)).measured("repeats", metric.name, repeats)
     request.progress("measure the original", 0, None)
-    on_search, on_held_out = at.scores_on(search_part), at.scores_on(at.held_out)
+    on_search, on_held_out = at.scores_on(search_part), at.scores_on(at.held_out, guarding=True)
     original, reference = on_search.original(), on_held_out.original()
 
     route(model, at.through_slots)
     notes = []
     try:
         tuning.measure_sites()
+        record.exhaustive = len(search_part) * tuning.changing()
+        record.exhaustive_by_heads = len(search_part) * tuning.changing(by_heads=True)
         if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
             tuning.measure_effects(metric, search_part, request.seed)
             tuning.search(on_search, original, request.max_drop)
@@ -183,7 +187,7 @@ def validated(model: nn.Module, plan: Plan, calibration: Iterable[Any], request:
     reference, kept = measure_original(metric, model, batches)
     exact = plan.fidelity == "exact"
     probed = not exact and causal and predicts_ids(batches[0], outputs)
-    probe = probe_on(batches, model, request, None, Record()) if probed else None
+    probe = probe_on(batches, model, request, None, Record(), guarding=True) if probed else None
     session = request.installed(model, Selector.replaying(plan))
     request.progress("check on held-out data", 0, None)
     rules = {"exact": primary(outputs).dtype} if exact else {"worst_drop": request.limits.worst_drop}

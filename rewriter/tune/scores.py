@@ -20,7 +20,7 @@ Original = Callable[[], AbstractContextManager[None]]
 
 class Scores:
     """`about` is what the model's answers depend on: its weights. What a user's own metric depends on nobody knows, so
-    its values are not kept for another run.
+    its values are not kept for another run. `guarding`: are the batches held out?
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Scores:
         record: Record,
         fresh: bool = False,
         kept: bool | None = None,
+        guarding: bool = False,
     ) -> None:
         self.metric, self.batches = metric, batches
-        self._model, self._original, self._record = model, original, record
+        self._model, self._original, self._record, self._guarding = model, original, record, guarding
         self.ledger = Ledger(about, fresh, kept=is_built_in(metric) if kept is None else kept)
         self._names = [digest_of(batch) for batch in batches]
         self._references: dict[int, Any] = {}
@@ -54,9 +55,9 @@ class Scores:
 
         return self._measured("original", measure)
 
-    def of(self, plan: Any) -> Measurement | None:
+    def of(self, plan: Any, lost: Callable[[Measurement], bool] = lambda _: False) -> Measurement | None:
         """Of what the model runs now, which `plan` names in plain values; None where it crashes or gives no number,
-        which is as bad as can be.
+        which is as bad as can be. Where what was measured of it is `lost`, the rest of the batches is left out.
         """
 
         def measure(index: int) -> Measurement:
@@ -64,7 +65,7 @@ class Scores:
             return evaluate(self.metric, self._model, [self.batches[index]], references)
 
         try:
-            return self._measured(plan, measure)
+            return self._measured(plan, measure, lost)
         except (MetricError, CalibrationError):
             return None
 
@@ -75,7 +76,9 @@ class Scores:
                 self._record.evaluations += 1
         return self._references[index]
 
-    def _measured(self, plan: Any, measure: Callable[[int], Measurement]) -> Measurement:
+    def _measured(
+        self, plan: Any, measure: Callable[[int], Measurement], lost: Callable[[Measurement], bool] = lambda _: False
+    ) -> Measurement:
         samples: list[tuple[float, float]] = []
         for index, name in enumerate(self._names):
 
@@ -86,6 +89,12 @@ class Scores:
                 self._record.evaluations += 1
                 return found.samples
 
-            found = self.ledger.measured("metric", [self.metric.name, name, plan], made)
+            what = [self.metric.name, name, plan]
+            if not self.ledger.knows("metric", what):
+                self._record.needed += 1
+                self._record.guarding += self._guarding
+            found = self.ledger.measured("metric", what, made)
             samples += [(float(total), float(weight)) for total, weight in found]
+            if lost(Measurement(self.metric, tuple(samples))):
+                break
         return Measurement(self.metric, tuple(samples))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from rewriter import probes
 from rewriter.backend import GraphRewriter
+from rewriter.candidates import WORTH_IT
 from rewriter.errors import CaptureError, NoAttentionError
 from rewriter.guard import Measurement, drop, evaluating
 from rewriter.metrics import Batch, Metric, tensors
@@ -37,7 +38,7 @@ _CLOSE = 0.9
 _MOST_SOLVED, _MOST_REVERTED = 8, 8
 MOST_TRIALS = _MOST_SOLVED + _MOST_REVERTED
 """Plans that are measured: solutions of the program, and those of the last resort."""
-_WORTH_A_TRIAL = 0.99
+_WORTH_A_TRIAL = WORTH_IT
 """The search ends where the next plan would cost more than this part of the best one."""
 _MOST_COLUMNS = 20_000
 """More cells than this, and heads are not told apart."""
@@ -93,6 +94,15 @@ class Tuning:
     def largest(self) -> bool:
         """Does the largest site count, instead of the sum?"""
         return self.goal == "memory"
+
+    def changing(self, *, by_heads: bool = False) -> int:
+        """How many (site, candidate) pairs change the result; or (head, candidate) pairs, where heads may differ."""
+        return sum(
+            choices.site.kv_heads if by_heads and choices.split is not None and not each.together(choices.site) else 1
+            for choices in self.choices.values()
+            for each in choices.measured
+            if not each.exact
+        )
 
     def capture(self, batches: Sequence[Batch]) -> None:
         """Run every kind of batch once, so that all graphs exist and each site is known at its largest size.
@@ -226,8 +236,16 @@ class Tuning:
         """Assemble and measure a plan, and correct the prediction by what is seen."""
         self.progress("search", len(self.record.trials), MOST_TRIALS)
         self.place(plan.solution)
-        found = scores.of(self.named(plan.solution))
-        measured = drop(scores.metric, original, found) if found is not None else math.inf
+
+        def lost(part: Measurement) -> bool:
+            """Is it beyond the margin even if the rest is as good as the original?"""
+            rest = original.samples[len(part.samples) :]
+            return drop(part.metric, original, Measurement(part.metric, (*part.samples, *rest))) > margin
+
+        found = scores.of(self.named(plan.solution), lost)
+        measured = math.inf
+        if found is not None:
+            measured = drop(found.metric, Measurement(found.metric, original.samples[: len(found.samples)]), found)
         if self.recall is not None and measured <= margin:
             measured = max(measured, self.recall.drop(self.named(plan.solution)))
         self.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= margin))
