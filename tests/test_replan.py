@@ -135,7 +135,7 @@ def test_a_stopped_search_goes_on_where_it_was(kept: Any, counted: list[str], mo
     class Killed(BaseException):
         pass
 
-    def killed(self: Scores, plan: Any) -> Any:
+    def killed(self: Scores, *_: Any) -> Any:
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -162,11 +162,11 @@ def test_what_a_metric_of_ones_own_depends_on_is_not_known(kept: Any) -> None:
 def test_an_interrupted_search_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     real, trials = Scores.of, list[Any]()
 
-    def interrupted(self: Scores, plan: Any) -> Any:
+    def interrupted(self: Scores, plan: Any, *lost: Any) -> Any:
         trials.append(plan)
         if len(trials) == 1:
             raise KeyboardInterrupt
-        return real(self, plan)
+        return real(self, plan, *lost)
 
     monkeypatch.setattr(Scores, "of", interrupted)
     model = rewriter.optimize(Net().eval(), BATCHES, metric="cosine", max_drop=1e-3)
