@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.kernels.sparse.global_local import Cache, GlobalLocal
 from rewriter.raising import Operands
 from rewriter.recover import fit
 from rewriter.site import AttentionSite, Causal
@@ -99,6 +100,31 @@ def test_what_a_decoder_needs_is_one_key_a_block() -> None:
     blocks, values, counts = made(SITE, 8).embedded(key, value, torch.ones(2, 45, dtype=torch.bool))  # type: ignore[operator]
     assert blocks.shape == values.shape == (2, 2, 6, 16)
     assert counts.tolist() == [[8, 8, 8, 8, 8, 5]] * 2
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_holds_blocks_and_gives_what_all_keys_give(padded: bool) -> None:
+    """A prompt, chunks of several lengths, and single tokens."""
+    site = replace(SITE, q_len=45, kv_len=45)
+    query, key, value, *_ = inputs(site, seed=7)
+    padding = torch.ones(2, 45, dtype=torch.bool)
+    padding[0, :13] = not padded  # a whole block and more
+    module = made(site, 8, moved=0.3)
+    assert isinstance(module, GlobalLocal)
+    with torch.no_grad():
+        whole = module(query, key, value, None, padding if padded else None)
+        cache, start = Cache(module), 0
+        for n in (19, 1, 1, 1, 1, 1, 1, 7, 8, 1, 1, 1, 1, 1):
+            part = slice(start, start + n)
+            given = query[:, :, part], key[:, :, part], value[:, :, part]
+            out = cache.step(*given, padding[:, part] if padded else None)
+            torch.testing.assert_close(out, whole[:, :, part], atol=1e-5, rtol=1e-5)
+            start += n
+            assert cache.keys == start // 8 + start % 8
+            held = {t.shape[2] for t in (*cache.finished[:2], *cache.last[:2])}
+            assert held <= {start // 8, start % 8}
+            assert all(t.untyped_storage().nbytes() == t.nbytes for t in cache.last)
+    assert start == 45
 
 
 def test_a_fit_comes_closer_to_the_original() -> None:

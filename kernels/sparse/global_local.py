@@ -13,13 +13,14 @@ log(c_n) gives a block the weight of its tokens, so that nothing changes where k
 Exact while all keys are in one block; else w, u and m are fitted. Padding counts for nothing.
 
 Blocks are counted from the first key: a finished one does not change while a cache grows. Work is O(N (r + N / b)) with
-r = max(b, 256), the queries of one call, which are scored against their own keys; memory O(N). The host's cache still
-holds all keys, and a step of decoding reads them all to make the blocks anew: `GlobalLocal.embedded` gives what a cache
-would have to keep, one key for each finished block and those of the last one.
+r = max(b, 256), the queries of one call, which are scored against their own keys; memory O(N). The cache of a host
+still holds all keys, and a step of decoding reads them all to make the blocks anew. `Cache` is one that holds N / b + b
+of them: a key for each finished block and those of the last one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,7 @@ from rewriter.variant import Case, Config, Implementation, Variant
 
 _BLOCKS = (4, 16, 64)  # the paper's first
 _ROWS = 256  # queries in one call
+_TOKENS = (2, 2, 1)  # the axes of tokens, or of blocks, in keys, values and what is said of them
 
 
 def reference(
@@ -92,25 +94,35 @@ class GlobalLocal(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal, and `padding`."""
-        kv_len, past = key.shape[2], key.shape[2] - query.shape[2]
-        real = key.new_ones(key.shape[0], kv_len, dtype=torch.bool) if padding is None else padding
-        blocks, values, counts = self.embedded(key, value, real)
+        real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
+        return self.attended(query, key, value, real, self.embedded(key, value, real))
+
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor, embedded: Sequence[Tensor], gone: int = 0
+    ) -> Tensor:
+        """Of the last queries, (B, H, Sq, Dv), with what is `embedded` of all blocks, and the tokens of the last ones:
+        those of the first `gone` blocks are not needed.
+        """
+        begin, (blocks, values, counts) = gone * self.block, embedded
+        kv_len = begin + key.shape[2]
+        past = kv_len - query.shape[2]
         mass, groups = counts.clamp(min=1).log()[:, None] + self.mass[:, None], query.shape[1] // key.shape[1]
         mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
         step, start, out = max(_ROWS // self.block, 1) * self.block, past, []
         while start < kv_len:
             first = start // self.block * self.block  # of the block, which may begin before the queries
             stop = min(first + step, kv_len)
+            own = slice(first - begin, stop - begin)
             before = (stop - 1) // self.block  # blocks of which some query sees the whole
             i = torch.arange(start, stop, device=query.device)[:, None]
             j, n = torch.arange(first, stop, device=query.device), torch.arange(before, device=query.device)
             far = mass[:, :, None, :before].masked_fill(n >= i // self.block, float("-inf"))
-            seen = (j <= i) & (i // self.block == j // self.block) & real[:, None, None, first:stop]
+            seen = (j <= i) & (i // self.block == j // self.block) & real[:, None, None, own]
             near = far.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(-1, far.shape[1], -1, -1)
             o = sdpa.attend(
                 query[:, :, start - past : stop - past],
-                torch.cat([blocks[:, :, :before], key[:, :, first:stop]], 2),
-                torch.cat([values[:, :, :before], value[:, :, first:stop]], 2),
+                torch.cat([blocks[:, :, :before], key[:, :, own]], 2),
+                torch.cat([values[:, :, :before], value[:, :, own]], 2),
                 torch.cat([far, near], -1),
                 None,
                 scale=self.scale,
@@ -119,6 +131,43 @@ class GlobalLocal(nn.Module):
             out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
             start = stop
         return torch.cat(out, 1).transpose(1, 2)
+
+
+class Cache:
+    """What decoding needs of the past, (B, Hkv, N / b, D) and at most b tokens, instead of all N of them."""
+
+    def __init__(self, module: GlobalLocal) -> None:
+        self.module, self.gone = module, 0
+        self.finished: tuple[Tensor, ...] = ()
+        self.last: tuple[Tensor, ...] = ()
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Add tokens, and attend their queries: (B, H, n, D), (B, Hkv, n, D), (B, Hkv, n, Dv), bool (B, n) -> (B, H, n,
+        Dv). The same as `GlobalLocal.forward` gives of these queries with all keys so far.
+        """
+        real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
+        tokens = _joined(self.last, (key, value, real))
+        new = self.module.embedded(*tokens)
+        out = self.module.attended(query, *tokens, _joined(self.finished, new), self.gone)
+        done, rest = divmod(tokens[0].shape[2], self.module.block)
+        whole = [t.narrow(axis, 0, done) for t, axis in zip(new, _TOKENS, strict=True)]
+        self.finished = _joined(self.finished, whole)
+        begin = done * self.module.block
+        # Views would keep what is gone.
+        self.last = tuple(t.narrow(axis, begin, rest).clone() for t, axis in zip(tokens, _TOKENS, strict=True))
+        self.gone += done
+        return out
+
+    @property
+    def keys(self) -> int:
+        """How many are held for each head."""
+        return self.gone + (self.last[0].shape[2] if self.last else 0)
+
+
+def _joined(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if not before:
+        return tuple(after)
+    return tuple(torch.cat(each, axis) for *each, axis in zip(before, after, _TOKENS, strict=True))
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
