@@ -14,6 +14,7 @@ from rewriter.codegen.blocks import runs_of
 from rewriter.codegen.families import kernels_of
 from rewriter.codegen.formula import Formula, indices
 from rewriter.errors import OptionError
+from rewriter.kernels.sparse.s2 import Cache
 from rewriter.site import Causal, Full, Padding, Refusal
 from rewriter.target import Target
 from rewriter.testing import assert_close, brute_force, inputs
@@ -123,6 +124,39 @@ def test_decoding_reads_the_kept_blocks_only(phase: int) -> None:
     with torch.no_grad():
         out = built(query, key.masked_fill(gone, float("nan")), value.masked_fill(gone, float("nan")), None, None)
     assert_close(out, expected, torch.float32)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"block": 16, "local": 2, "stride": 4},
+        {"block": 8, "local": 1, "stride": 12, "phase": 5},
+        {"block": 8, "local": 3, "stride": 3, "alike": True},
+        {"block": 16, "local": 2, "stride": 8, "dense": 1},
+    ],
+    ids=str,
+)
+def test_a_cache_holds_the_kept_keys_and_gives_what_all_give(config: Config, padded: bool) -> None:
+    """A prompt, chunks of several lengths, and single tokens."""
+    site = replace(SITE, heads=8, kv_heads=4).sized(batch=2, q_len=301, kv_len=301)
+    query, key, value, _, _ = inputs(site, seed=4)
+    padding = torch.ones(2, 301, dtype=torch.bool)
+    padding[0, :37] = not padded
+    expected = S2.reference(query.double(), key.double(), value.double(), None, padding, site, config)
+    cache, start, block = Cache(site, config), 0, int(config["block"])
+    for n in (150, 1, 1, 15, 16, 17, 60, *[1] * 41):
+        part = slice(start, start + n)
+        given = query[:, :, part], key[:, :, part], value[:, :, part]
+        assert_close(cache.step(*given, padding[:, part] if padded else None), expected[:, :, part], torch.float32)
+        start += n
+        shard = -(-(start // block) // int(config["stride"])) * block
+        most = shard + (int(config["local"]) + 1) * block
+        assert all(t.shape[2] <= most for t in cache.held["sparse"])
+        assert "dense" not in config or all(t.shape[2] == start for t in cache.held["dense"])
+    assert start == 301 and most < 301 / 2
+    with pytest.raises(OptionError, match="cannot be let go of"):
+        Cache(site, {**config, "right": 2})
 
 
 def test_a_step_of_decoding_is_causal_by_itself() -> None:

@@ -147,9 +147,10 @@ class Cache:
         """
         real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
         tokens = _joined(self.last, (key, value, real))
-        new = self.module.embedded(*tokens)
-        out = self.module.attended(query, *tokens, _joined(self.finished, new), self.gone)
-        done, rest = divmod(tokens[0].shape[2], self.module.block)
+        keys, values, real = tokens
+        new = self.module.embedded(keys, values, real)
+        out = self.module.attended(query, keys, values, real, _joined(self.finished, new), self.gone)
+        done, rest = divmod(keys.shape[2], self.module.block)
         whole = [t.narrow(axis, 0, done) for t, axis in zip(new, _TOKENS, strict=True)]
         self.finished = _joined(self.finished, whole)
         begin = done * self.module.block

@@ -7,7 +7,7 @@ query of block m sees the keys of block n <= m (token by token in its own block,
 
 for the key/value head g, which all its query heads share, and step = max(1, stride // number of query heads), 0 where
 all heads are `alike`. The phase is absolute: a column behind the window is kept for all later queries or for none, so a
-step of decoding reads 1/stride of the cache, and what is never read again needs no memory.
+step of decoding reads 1/stride of the cache, and what is never read again needs no memory: `Cache` lets go of it.
 
 With `right` local blocks on the other side, which count the query's own as well, this is the form for queries that also
 see what comes after them. The phase is relative then, and the same for all heads: a query sees block n iff
@@ -20,7 +20,7 @@ are not repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from rewriter.codegen.formula import ELEMENTS, Formula, of_site
 from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import defined, generated
 from rewriter.errors import OptionError
+from rewriter.kernels.exact import sdpa
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
@@ -136,6 +137,61 @@ def shards(near: int, kv_heads: int, pattern: dict[str, int], device: torch.devi
     first = -(torch.arange(kv_heads, device=device) * pattern["step"] + pattern["phase"]) % stride
     blocks = first[:, None] + torch.arange(0, near // block, stride, device=device)
     return (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
+
+
+class Cache:
+    """The keys that decoding may still read, of each key/value head its own: with N tokens so far, N / stride and those
+    of the local blocks, and all of a dense head. Settings are those of the variant, without blocks on the right.
+    """
+
+    def __init__(self, site: AttentionSite, config: Config) -> None:
+        if "right" in config:
+            raise OptionError("what a query sees of what comes after it cannot be let go of")
+        self.scale, self.pattern, self.seen = site.scale, numbers(site, config), 0
+        self.held: dict[str, tuple[Tensor, ...]] = {}
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Add tokens, and attend their queries: (B, H, n, D), (B, Hkv, n, D), (B, Hkv, n, Dv), bool (B, n) -> (B, H, n,
+        Dv). The same as the variant gives of these queries with all keys so far.
+        """
+        sparse, out = self.pattern["sparse"], []
+        real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        parts = {
+            "sparse": (slice(0, sparse), self.pattern),
+            "dense": (slice(sparse, None), self.pattern | {"sparse": 0}),
+        }
+        for name, (heads, pattern) in parts.items():
+            if key[:, heads].shape[1]:
+                out.append(
+                    self._part(name, pattern, grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads], real)
+                )
+        self.seen += key.shape[2]
+        return torch.cat(out, 1)
+
+    def _part(
+        self, name: str, pattern: dict[str, int], query: Tensor, key: Tensor, value: Tensor, real: Tensor
+    ) -> Tensor:
+        """Of heads that keep as many keys, but for a block."""
+        count, new, group, block = *key.shape[1:3], pattern["group"], pattern["block"]
+        after = self.seen + new
+        i = torch.arange(self.seen, after, device=key.device)
+        h = torch.arange(count, device=key.device)[:, None]
+        given: Sequence[Tensor] = key, value, real[:, None].expand(-1, count, -1), i.expand(1, count, -1)
+        if name in self.held:
+            given = [torch.cat(each, 2) for each in zip(self.held[name], given, strict=True)]
+        keys, values, real, (places,) = given
+        j = places[:, None]
+        seen = kept(h[..., None] * group, i[:, None], j, **pattern) & (j <= i[:, None]) & real[:, :, None]
+        bias = query.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")).repeat_interleave(group, 1)
+        out = sdpa.attend(query, keys, values, bias, None, scale=self.scale, positional=Full())
+        if after // block > self.seen // block:  # local blocks have moved on
+            wanted = kept(h * group, after, places, **pattern)
+            order = wanted.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : int(wanted.sum(-1).max())]
+            # A head of fewer keys than others is filled up with some that nobody sees.
+            given = [t[:, h, order] for t in (keys, values, real & wanted, places[None])]
+        self.held[name] = tuple(given)
+        return out
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
