@@ -45,17 +45,19 @@ def _inner(left: object, right: object) -> Contraction | None:
 
 
 def _product(left: object, right: object) -> Contraction | None:
+    """A tensor of one axis has the axis that is summed alone."""
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     own, other = value_of(left).dim(), value_of(right).dim()
-    if own < 2 or other < 2:
+    if own + other < 3:
         return None
     batch = tuple(range(max(own, other) - 2))
+    row, column = ("row",) if own > 1 else (), ("column",) if other > 1 else ()
     return Contraction(
         left,
         right,
-        (*batch[len(batch) - (own - 2) :], "row", "sum"),
-        (*batch[len(batch) - (other - 2) :], "sum", "column"),
-        (*batch, "row", "column"),
+        (*batch[len(batch) - (own - 2) :], *row, "sum") if own > 1 else ("sum",),
+        (*batch[len(batch) - (other - 2) :], "sum", *column) if other > 1 else ("sum",),
+        (*batch, *row, *column),
     )
 
 

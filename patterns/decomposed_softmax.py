@@ -12,58 +12,109 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rewriter.nodes import argument, constant, is_call, value_of
-from rewriter.pattern import Normaliser, Pattern, Step
+from rewriter.nodes import argument, constant, depends_on_data, is_call, unsliced, value_of
+from rewriter.pattern import Contraction, Normaliser, Pattern, Step, ask
 from rewriter.twins import are_twins
 
 _ATEN = torch.ops.aten
 
 
+_POWERS = (_ATEN.exp, _ATEN.exp_, _ATEN.exp2, _ATEN.exp2_, _ATEN.pow.Scalar)
+_SUMS = (_ATEN.sum, _ATEN.logsumexp)
+_SOFTMAXES = (_ATEN.softmax, _ATEN._softmax, _ATEN._safe_softmax)
+_RESHAPES = (_ATEN.unsqueeze, _ATEN.view, _ATEN.reshape, _ATEN._unsafe_view, _ATEN.expand, _ATEN.expand_as, _ATEN.alias)
+
+
 def normaliser(node: fx.Node) -> Normaliser | None:
     """e / e.sum(axis, keepdim=True) with e = exp(scores), or a softmax, which is in proportion to them."""
-    if is_call(node, _ATEN.exp):
-        return _by_logarithm(node) or _divided_later(node)
-    if not is_call(node, _ATEN.div, _ATEN.true_divide) or len(node.args) != 2:
-        return None
-    weights, total = node.args
-    assert isinstance(weights, fx.Node) and isinstance(total, fx.Node | int | float)
-    found = _exponential(weights)
-    if found is None:
-        return None
-    power, hidden, edit = found
+    if (found := _divided(node)) is not None:
+        return found
+    if (found := _by_logarithm(node)) is not None:
+        return found
+    return _divided_later(node) or _undivided(node)
+
+
+def _divided(node: fx.Node) -> Normaliser | None:
+    for weights, total in _quotients(node):
+        found = _exponential(weights)
+        result = _over_its_sum(node, weights, total, *found) if found is not None else None
+        if result is not None:
+            return result
+    return None
+
+
+def _quotients(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+    """(a, b) of a / b, and of a * (1 / b)."""
+    if is_call(node, _ATEN.div, _ATEN.div_, _ATEN.true_divide) and len(node.args) == 2 and not node.kwargs:
+        if isinstance(node.args[0], fx.Node):
+            yield node.args[0], node.args[1]
+    elif is_call(node, _ATEN.mul, _ATEN.mul_) and len(node.all_input_nodes) == 2:
+        for weights, factor in itertools.permutations(node.all_input_nodes):
+            while is_call(factor, _ATEN.mul) and 1.0 in map(constant, factor.args):  # as 1 / b is traced
+                factor = factor.all_input_nodes[0]
+            if is_call(factor, _ATEN.reciprocal) or (is_call(factor, _ATEN.pow) and constant(factor.args[1]) == -1):
+                yield weights, factor.all_input_nodes[0]
+
+
+def _over_its_sum(
+    node: fx.Node, weights: fx.Node, total: Any, power: fx.Node, hidden: tuple[tuple[fx.Node, Step], ...], edit: str
+) -> Normaliser | None:
     one_more = False
     if is_call(total, _ATEN.clamp, _ATEN.clamp_min):
-        assert isinstance(total, fx.Node)
         total, edit = total.all_input_nodes[0], "epsilon"
     if is_call(total, _ATEN.add):
-        assert isinstance(total, fx.Node)
         left, right = total.args[:2]
-        total, other = (left, right) if is_call(left, _ATEN.sum) else (right, left)
-        one_more = is_call(power, _ATEN.exp) and _is_one(other, power)
+        total, other = (left, right) if _total(left, weights) is not None else (right, left)
+        one_more = _base(power) is not None and _is_one(other, power)
         if not one_more:
             edit = "epsilon"
-    if not is_call(total, _ATEN.sum):
+    found = _total(total, weights)
+    if found is None:
         return None
-    assert isinstance(total, fx.Node)
-    axes, keeps = argument(total, "dim"), argument(total, "keepdim")
-    summed = total.args[0]
-    assert isinstance(summed, fx.Node)
-    if not are_twins(summed, weights) or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+    axis, inner, base = found[1], None, _base(power)
+    scores = power.all_input_nodes[0]
+    if not is_call(found[0], _ATEN.sum) or not are_twins(found[0].all_input_nodes[0], weights):
         return None
-    scores, axis, inner = power.all_input_nodes[0], int(axes[0]), None
-    if not is_call(power, _ATEN.exp):
+    if base is None:
         inner, rank = power, value_of(power).dim()
         if int(argument(power, "dim")) % rank != axis % rank:
             return None
     if one_more and is_call(scores, _ATEN.sub):  # the 1 was shifted too, as exp(-max)
         scores = scores.all_input_nodes[0]
     dtype = value_of(node).dtype
-    return Normaliser(scores, axis, dtype=dtype, zero_sink=one_more, hidden=hidden, edit=edit, inner=inner)
+    return Normaliser(
+        scores, axis, dtype=dtype, zero_sink=one_more, hidden=hidden, edit=edit, inner=inner, factor=base or 1.0
+    )
+
+
+def _total(node: Any, like: fx.Node) -> tuple[fx.Node, int] | None:
+    """The sum, or its logarithm, over an axis of what is shaped like this, where that axis is kept or put back."""
+    wide = [*value_of(like).shape]
+    shapes = []
+    while is_call(node, *_RESHAPES) or (is_call(node, _ATEN.slice) and unsliced(node) is not node):
+        shapes.append([*value_of(node).shape])
+        node = node.all_input_nodes[0]
+    axes = argument(node, "dim") if is_call(node, *_SUMS) else None
+    if not isinstance(axes, (list, tuple)) or len(axes) != 1 or value_of(node.all_input_nodes[0]).dim() != len(wide):
+        return None
+    axis = int(axes[0]) % len(wide)
+    kept = [1 if place == axis else size for place, size in enumerate(wide)]
+    return (node, axis) if kept in [*shapes, [*value_of(node).shape]] else None
+
+
+def _base(node: Any) -> float | None:
+    """The logarithm of the base, where this is a power of one number."""
+    if not is_call(node, *_POWERS):
+        return None
+    if is_call(node, _ATEN.exp, _ATEN.exp_):
+        return 1.0
+    base = constant(node.args[0]) if is_call(node, _ATEN.pow) else 2.0
+    return math.log(base) if base is not None and base > 1 else None
 
 
 def _exponential(node: Any, depth: int = 0) -> tuple[fx.Node, tuple[tuple[fx.Node, Step], ...], str] | None:
     """The exponential or the softmax that these were, what was hidden of it, and an edit that is no hiding."""
-    if is_call(node, _ATEN.exp, _ATEN.softmax, _ATEN._softmax, _ATEN._safe_softmax):
+    if _base(node) is not None or is_call(node, *_SOFTMAXES):
         return node, (), ""
     for source, hiding in _hidings(node) if depth < _MOST_MASKS else ():
         if (found := _exponential(source, depth + 1)) is not None:
@@ -80,7 +131,7 @@ _MOST_MASKS = 4
 
 def _hidings(node: Any) -> Iterator[tuple[fx.Node, tuple[Literal["keep", "drop"], fx.Node] | str]]:
     """Of what this may be a part: (the whole, (where it is or is not 0 by a bool mask)), or (the whole, an edit)."""
-    if is_call(node, _ATEN.mul, _ATEN.mul_) and len(node.all_input_nodes) == 2:
+    if is_call(node, _ATEN.mul, _ATEN.mul_) and _of_tensors(node):
         for source, mask in itertools.permutations(node.all_input_nodes):
             seen = mask
             while is_call(seen, _ATEN.to, _ATEN._to_copy):
@@ -98,31 +149,63 @@ def _hidings(node: Any) -> Iterator[tuple[fx.Node, tuple[Literal["keep", "drop"]
         yield node.all_input_nodes[0], "triangular"
 
 
+def _of_tensors(node: fx.Node) -> bool:
+    return [isinstance(each.meta.get("val"), torch.Tensor) for each in node.all_input_nodes] == [True, True]
+
+
 def _by_logarithm(node: fx.Node) -> Normaliser | None:
     """exp(s - logsumexp(s, axis, keepdim=True))."""
-    difference = node.all_input_nodes[0]
-    if not is_call(difference, _ATEN.sub):
+    difference = node.all_input_nodes[0] if is_call(node, _ATEN.exp, _ATEN.exp_) else None
+    if not is_call(difference, _ATEN.sub, _ATEN.sub_):
         return None
+    assert isinstance(difference, fx.Node)
     scores, total = difference.args[:2]
-    if not isinstance(scores, fx.Node) or not is_call(total, _ATEN.logsumexp):
+    if not isinstance(scores, fx.Node):
         return None
-    assert isinstance(total, fx.Node)
-    axes, keeps = argument(total, "dim"), argument(total, "keepdim")
-    if total.args[0] is not scores or not isinstance(axes, (list, tuple)) or len(axes) != 1 or not keeps:
+    found = _total(total, scores)
+    if found is None or not is_call(found[0], _ATEN.logsumexp) or found[0].args[0] is not scores:
         return None
-    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype)
+    return Normaliser(scores, found[1], dtype=value_of(node).dtype, doubt="by_logarithm")
 
 
 def _divided_later(node: fx.Node) -> Normaliser | None:
     """exp(s) goes into the product with the values, and the result is divided by its sum."""
+    found = _exponential(node)
+    base = _base(found[0]) if found is not None else None
     sums = [user for user in node.users if is_call(user, _ATEN.sum)]
     axes = argument(sums[0], "dim") if sums else None
-    if len(sums) != 1 or not isinstance(axes, (list, tuple)) or len(axes) != 1 or len(node.users) < 2:
+    if found is None or base is None or len(sums) != 1 or not isinstance(axes, (list, tuple)) or len(axes) != 1:
         return None
-    if any(is_call(user, _ATEN.div, _ATEN.true_divide) for user in node.users):
+    if len(node.users) < 2 or any(_divided(user) is not None for user in node.users):
         return None
-    scores = node.all_input_nodes[0]
-    return Normaliser(scores, int(axes[0]), dtype=value_of(node).dtype, edit="divided_later")
+    power, hidden, _ = found
+    scores = power.all_input_nodes[0]
+    dtype = value_of(node).dtype
+    return Normaliser(scores, int(axes[0]), dtype=dtype, hidden=hidden, edit="divided_later", factor=base)
+
+
+def _undivided(node: fx.Node) -> Normaliser | None:
+    """exp(s) goes into a product, and nothing divides it: the sum may be a column of that product."""
+    found = _exponential(node)
+    base = _base(found[0]) if found is not None else None
+    if found is None or base is None or any(is_call(user, _ATEN.sum) for user in node.users):
+        return None
+    if is_call(found[0].all_input_nodes[0], _ATEN.log_softmax, _ATEN._log_softmax):
+        return None
+    for user in node.users:
+        product: Contraction | None = ask("contraction", user)
+        if product is None or (product.left is node) == (product.right is node):
+            continue
+        if not depends_on_data(product.right if product.left is node else product.left):
+            continue
+        labels = product.left_labels if product.left is node else product.right_labels
+        axis = next((place for place, label in enumerate(labels) if label not in product.out_labels), None)
+        if axis is not None:
+            power, hidden, _ = found
+            scores = power.all_input_nodes[0]
+            dtype = value_of(node).dtype
+            return Normaliser(scores, axis, dtype=dtype, hidden=hidden, edit="not_divided", factor=base)
+    return None
 
 
 def _is_one(other: Any, power: fx.Node) -> bool:
@@ -130,7 +213,7 @@ def _is_one(other: Any, power: fx.Node) -> bool:
     shifted = power.all_input_nodes[0]
     if not is_call(shifted, _ATEN.sub):
         return constant(other) == 1.0
-    if not is_call(other, _ATEN.exp):
+    if not is_call(other, power.target):
         return False
     inner = other.all_input_nodes[0]
     return is_call(inner, _ATEN.neg) and inner.all_input_nodes[0] is shifted.args[1]

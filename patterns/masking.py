@@ -18,10 +18,10 @@ def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
     scores[drop] = fill.
     """
     if is_call(node, _ATEN.add, _ATEN.add_):
-        return _added(node, argument(node, "alpha", 1), both=True)
+        return _added(node, argument(node, "alpha", 1))
     if is_call(node, _ATEN.sub, _ATEN.sub_):
         alpha = argument(node, "alpha", 1)
-        return _added(node, -alpha if is_number(alpha) else None, both=False)
+        return _added(node, -alpha if is_number(alpha) else None)
     if is_call(node, _ATEN.masked_fill, _ATEN.masked_fill_):
         scores, mask, fill = node.args[:3]
         if isinstance(scores, fx.Node) and isinstance(mask, fx.Node):
@@ -57,7 +57,7 @@ def _filled(kind: Literal["keep", "drop"], scores: Any, mask: fx.Node, fill: Any
     return Step(kind, scores, mask, number, buffer=buffer)
 
 
-def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step | None:
+def _added(node: fx.Node, alpha: Any) -> tuple[Step, ...] | Step | None:
     left, right = node.args[:2]
     if not isinstance(left, fx.Node) or not value_of(node).dtype.is_floating_point or not is_number(alpha):
         return None
@@ -65,8 +65,7 @@ def _added(node: fx.Node, alpha: Any, *, both: bool) -> tuple[Step, ...] | Step 
         # The same number for all keys: it matters to weights that are not normalised.
         number = constant(right)
         return Step("shift", left, number=alpha * number) if number is not None else None
-    first, second = Step("add", left, right, alpha), Step("add", right, left, factor=alpha)
-    return (first, second) if both else first
+    return Step("add", left, right, alpha), Step("add", right, left, factor=alpha)
 
 
 PATTERN = Pattern(

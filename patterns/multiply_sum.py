@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from rewriter.axes import shape_of
-from rewriter.nodes import argument, is_call, value_of
+from rewriter.nodes import argument, fixed, is_call, value_of
 from rewriter.pattern import Contraction, Pattern
 
 _ATEN = torch.ops.aten
 
 
 def contraction(node: fx.Node) -> Contraction | None:
-    """(a * b).sum(axis), where both are longer than 1 along the axis, and each has an axis that the other lacks."""
+    """(a * b).sum(axis), or its mean, where both are longer than 1 along the axis, and each has an axis that the other
+    lacks.
+    """
     if is_call(node, _ATEN.linalg_vecdot):
         rank = value_of(node).dim() + 1
         return _summed(node.args[0], node.args[1], rank, int(argument(node, "dim")) % rank, keeps=False)
-    if not is_call(node, _ATEN.sum):
+    if not is_call(node, _ATEN.sum, _ATEN.mean):
         return None
     product, axes = node.args[0], argument(node, "dim")
     if not is_call(product, _ATEN.mul) or not isinstance(axes, (list, tuple)) or len(axes) != 1:
@@ -29,7 +32,10 @@ def contraction(node: fx.Node) -> Contraction | None:
         return None
     rank = value_of(product).dim()
     left, right = product.args[:2]
-    return _summed(left, right, rank, int(axes[0]) % rank, keeps=bool(argument(node, "keepdim")))
+    axis = int(axes[0]) % rank
+    count = fixed(value_of(product).shape[axis]) if is_call(node, _ATEN.mean) else 1
+    found = _summed(left, right, rank, axis, keeps=bool(argument(node, "keepdim")))
+    return replace(found, alpha=1 / count) if found is not None and count else None
 
 
 def _summed(left: Any, right: Any, rank: int, axis: int, *, keeps: bool) -> Contraction | None:
@@ -60,5 +66,8 @@ PATTERN = Pattern(
             (k[:, :, None] * q[:, :, :, None]).sum(-1, keepdim=True).masked_fill(~mask[..., None], -1e30).softmax(-2)
             * v[:, :, None]
         ).sum(3),
+        lambda q, k, v, mask: (
+            (q[:, :, :, None] * k[:, :, None]).mean(-1).masked_fill(~mask, -1e30).softmax(-1)[..., None] * v[:, :, None]
+        ).sum(-2),
     ),
 )

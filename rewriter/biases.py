@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from rewriter.axes import Placed, backward, broadcast
 from rewriter.facts import HIDDEN, Roles
 from rewriter.masks import Plane
-from rewriter.nodes import PRODUCTS, argument, depends_on_data, is_bias, is_call
+from rewriter.nodes import PRODUCTS, argument, depends_on_data, is_bias, is_call, value_of
 from rewriter.pattern import Step, ask
 from rewriter.samples import FAILURES, Part, Sizes, draws, evaluate, fixed_values, part_of, size_assignments
 from rewriter.site import ages
@@ -81,7 +81,7 @@ def _kind(part: Part | None, placed: Placed, roles: Roles) -> str | None:
     if not part.data:
         return _of_positions(part, Plane(placed, roles))
     if not opaque and not part.weights:
-        return None
+        return _of_tokens(part, Plane(placed, roles))
     return "decomposed" if opaque and all(_with_a_table(leaf) for leaf in opaque) else "dense"
 
 
@@ -104,11 +104,23 @@ def _of_positions(part: Part, plane: Plane) -> str | None:
     return max(known, key=KINDS.index) if len(known) == len(kinds) else None
 
 
-def _kinds_at(part: Part, plane: Plane, sizes: Sizes) -> list[str | None] | None:
+def _of_tokens(part: Part, plane: Plane) -> str | None:
+    """Positions that are counted by what says which keys are tokens: where all are, positions as any others."""
+    if any(value_of(leaf).dtype.is_floating_point for leaf in part.data):
+        return None
+    for alternatives in size_assignments(part, plane.few)[:2]:
+        if not any(_kinds_at(part, plane, sizes, ("ones",)) == ["alibi"] for sizes in alternatives):
+            return None
+    return "alibi"
+
+
+def _kinds_at(
+    part: Part, plane: Plane, sizes: Sizes, drawn: Sequence[str] = ("normal", "normal")
+) -> list[str | None] | None:
     kinds = []
     try:
         fixed = fixed_values(part, sizes)
-        for given in draws(part, sizes, ("normal", "normal")):
+        for given in draws(part, sizes, drawn):
             value = plane.number(evaluate(part, sizes, given, fixed)[plane.placed.node], sizes)
             kinds.append(_of_values(value.float(), _ROUNDING * torch.finfo(value.dtype).eps))
     except FAILURES:

@@ -95,9 +95,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """weights = normalise(scores) along `axis`. With `zero_sink` the sum has one more term, exp(0). `hidden` are scores
-    whose exponentials were made 0: nodes, and steps of the kinds keep and drop. An `edit` says what the canonical
-    operator does not do in this way. `inner` is a softmax that is a part of this one.
+    """weights = normalise(`factor` times the scores) along `axis`. With `zero_sink` the sum has one more term, exp(0).
+    `hidden` are scores whose exponentials were made 0: nodes, and steps of the kinds keep and drop. An `edit` says what
+    the canonical operator does not do in this way, a `doubt` what it may not do. `inner` is a softmax that is a part of
+    this one.
     """
 
     scores: fx.Node
@@ -108,6 +109,8 @@ class Normaliser:
     hidden: tuple[tuple[fx.Node, Step], ...] = ()
     edit: str = ""
     inner: fx.Node | None = None
+    factor: float = 1.0
+    doubt: str = ""
 
 
 @dataclass(frozen=True)

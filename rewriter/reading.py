@@ -86,7 +86,8 @@ def broadcast_groups(heads: object, kv_heads: object) -> Axis | None:
 def read_ways(node: fx.Node, normaliser: Normaliser, up: Product, down: Product) -> Reading | Refusal:
     """An attention that is spelled out: from the product `up` through the normaliser `node` to the product `down`."""
     scores = _Scores(up)
-    for reason in (scores.follow(up.way), scores.take(normaliser.hidden)):
+    above = () if normaliser.factor == 1 else ((node, Step("scale", normaliser.scores, number=normaliser.factor)),)
+    for reason in (scores.follow(up.way), scores.take((*above, *normaliser.hidden))):
         if reason is not None:  # a refusal is falsy
             return reason
     weights = _Weights(scores, node, normaliser)
@@ -256,7 +257,7 @@ class _Weights(_Carried):
         self.layout = self.frame = scores.layout
         self.over = None if normaliser.kind != "softmax" else scores.layout[normaliser.axis % len(scores.layout)]
         self.edits += [*scores.edits, *([normaliser.edit] if normaliser.edit else [])]
-        self.doubts: list[str] = []
+        self.doubts = [normaliser.doubt] if normaliser.doubt else []
         self.ops = list(scores.ops)
         self.dropout_p = 0.0
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewriter.checkpointed import CHECKPOINT, begins, ends, known
 from rewriter.fastpath import WRITTEN_OUT
 from rewriter.nodes import DATA_OF, is_transform, storage, written
+from rewriter.written_out import SEVERAL
 
 Graph = fx.GraphModule
 
@@ -32,15 +33,19 @@ class NotCallByCall(Exception):
 
 
 _ATEN = torch.ops.aten
-REPLACED = WRITTEN_OUT | {
-    _ATEN.view_as.default: lambda tensor, other: tensor.view(other.shape),
-    _ATEN.reshape_as.default: lambda tensor, other: tensor.reshape(other.shape),
-    _ATEN.expand_as.default: lambda tensor, other: tensor.expand(other.shape),
-    # It moves to the other's device, too, and then it stays as it is.
-    _ATEN.type_as.default: lambda tensor, other: (
-        tensor.to(other.dtype) if tensor.device == other.device else NotImplemented
-    ),
-}
+REPLACED = (
+    WRITTEN_OUT
+    | SEVERAL
+    | {
+        _ATEN.view_as.default: lambda tensor, other: tensor.view(other.shape),
+        _ATEN.reshape_as.default: lambda tensor, other: tensor.reshape(other.shape),
+        _ATEN.expand_as.default: lambda tensor, other: tensor.expand(other.shape),
+        # It moves to the other's device, too, and then it stays as it is.
+        _ATEN.type_as.default: lambda tensor, other: (
+            tensor.to(other.dtype) if tensor.device == other.device else NotImplemented
+        ),
+    }
+)
 """What has the shape or the type of another tensor has nothing else of it: a bias does not come from the scores that it
 fits.
 """

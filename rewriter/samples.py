@@ -279,7 +279,20 @@ FIRST = 4
 """So many draws are made of the largest masks too: all, none, and some."""
 BINARY = ("ones", "zeros", "even", "mostly", "even", "rarely", "even", "even")
 """Draws of masks: integers and floats hold 0 and 1."""
-GENERAL = ("ones", "zeros", "longest", "even", "small", "sorted", "counting", "constants", "even", "small", "normal")
+GENERAL = (
+    "ones",
+    "zeros",
+    "longest",
+    "last",
+    "even",
+    "small",
+    "sorted",
+    "counting",
+    "constants",
+    "even",
+    "small",
+    "normal",
+)
 """Draws of what may be anything: numbers of segments, lengths, positions, tokens."""
 
 
@@ -311,9 +324,10 @@ def _drawn(
             return torch.randint(-1, 4, shape, generator=generator).to(dtype)
         if kind == "sorted":
             return torch.randint(0, 4, shape, generator=generator).sort(-1).values.to(dtype)
-        if kind in ("counting", "longest"):
-            least = longest if kind == "longest" else 0
-            return torch.randint(least, longest + 1, shape, generator=generator).to(dtype)
+        if kind in ("longest", "last"):  # a length, and a place
+            return torch.full(shape, longest - (kind == "last")).to(dtype)
+        if kind == "counting":
+            return torch.randint(0, longest + 1, shape, generator=generator).to(dtype)
         if kind == "constants":
             return torch.tensor(numbers)[torch.randint(0, len(numbers), shape, generator=generator)].to(dtype)
     chance = {"mostly": 0.85, "rarely": 0.15}.get(kind, 0.5)
