@@ -26,8 +26,11 @@ def element(node: fx.Node) -> tuple[Step, ...] | Step | None:
         scores, mask, fill = node.args[:3]
         if isinstance(scores, fx.Node) and isinstance(mask, fx.Node):
             return _filled("drop", scores, mask, fill)
-    if is_call(node, _ATEN.index_put, _ATEN.index_put_) and not argument(node, "accumulate"):
-        return _put(node)
+    if is_call(node, _ATEN.index_put, _ATEN.index_put_):
+        scores = node.args[0]
+        assert isinstance(scores, fx.Node)
+        found = None if argument(node, "accumulate") else _put(node)
+        return Step("edit", scores, name="written_at_places") if found is None else found
     if is_call(node, _ATEN.where) and len(node.args) == 3:
         condition, chosen, other = node.args
         assert isinstance(condition, fx.Node)

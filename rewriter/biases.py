@@ -158,4 +158,4 @@ def _is_linear(value: Tensor, distance: Tensor, hidden: Tensor, allowed: float) 
 
     x, y = centred(distance.expand_as(value)), centred(value.masked_fill(hidden, 0.0))
     slope = (x * y).sum((-2, -1), keepdim=True) / (x * x).sum((-2, -1), keepdim=True).clamp(min=1e-9)
-    return bool(((slope * x - y).abs() <= allowed).all()) and bool((slope != 0).any())
+    return bool(((slope * x - y).abs() <= allowed).all()) and bool(((slope * x).abs() > allowed).any())

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from rewriter.axes import Axis, as_captured
@@ -175,9 +176,9 @@ class _Detector:
 
     def _described(self, reading: Reading, path: str) -> Match | Refusal:
         query, key, value = (value_of(side.node) for side in reading.operands)
-        dtype = value.dtype if value.dtype == query.dtype == key.dtype else None
-        if dtype is None or not dtype.is_floating_point:
+        if not all(side.dtype.is_floating_point for side in (query, key, value)):
             return Refusal(f"queries, keys and values of types {query.dtype}, {key.dtype} and {value.dtype}")
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
         if any(is_parameter(side.node) for side in (reading.key, reading.value)):
             return Refusal("the keys or values are parameters, which makes this a linear layer")
         # Keys and values are of the same things. Weights over what no data went into are those of a router; places that
@@ -216,7 +217,7 @@ class _Detector:
             normaliser=reading.normaliser,
             sink="learned" if reading.sink is not None else "zero" if reading.zero_sink else None,
             factor=_factor(reading),
-            edits=tuple(reading.edits),
+            edits=(*reading.edits, *(["types_differ"] if {query.dtype, key.dtype, value.dtype} != {dtype} else [])),
             observed=mask.facts,
             spelling=reading.spelling,
             source=source_line(reading.output.node),

@@ -55,7 +55,8 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
     """The graph in pre-dispatch ATen, traced in one piece. To be called inside the fake mode."""
 
     def run(*inputs: Any) -> Any:
-        return _Run(gm).run(*inputs)
+        with ExitStack() as opened:
+            return _Run(gm, opened).run(*inputs)
 
     traced = make_fx(run, pre_dispatch=True, decomposition_table=REPLACED, _allow_non_fake_inputs=True)(*fakes)
     held = [getattr(traced, str(node.target), None) for node in traced.graph.find_nodes(op="get_attr")]
@@ -65,10 +66,36 @@ def whole(gm: Graph, fakes: Sequence[Any]) -> Graph:
 
 
 class _Run(fx.Interpreter):
+    def __init__(self, gm: Graph, opened: ExitStack) -> None:
+        super().__init__(gm)
+        self.opened = opened
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is CHECKPOINT:
-            return _checkpointed(*args, **kwargs)
+            return self._checkpointed(*args, **kwargs)
+        if target is _enter_autocast:
+            return _tracer().create_proxy("call_function", target, args, {}), _casting(self.opened, args)
+        if target is _exit_autocast:
+            ((entered, region),) = args
+            region.close()
+            return _tracer().create_proxy("call_function", target, (entered,), {})
         return _data_of(*args) if target is DATA_OF else super().call_function(target, args, kwargs)
+
+    def _checkpointed(self, body: Graph, *args: Any, **settings: Any) -> Any:
+        """What is computed again for the backward, written out between its marks."""
+        _tracer().create_proxy("call_function", begins, (), {}).node.meta |= known(body, settings)
+        result = _Run(body, self.opened).run(*args)
+        _tracer().create_proxy("call_function", ends, (), {})
+        return result
+
+
+def _casting(opened: ExitStack, args: Any) -> ExitStack:
+    """A region of automatic casts, begun: they are made while calls are traced."""
+    device, dtype, enabled, _ = args
+    region = opened.enter_context(ExitStack())
+    # A cast that is remembered would be no node where it is used again.
+    region.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+    return region
 
 
 def _tracer() -> Any:
@@ -85,14 +112,6 @@ def _data_of(value: Tensor) -> Tensor:
     held = fetch_object_proxy(tracer, value)
     proxy = tracer.create_proxy("call_function", DATA_OF, (getattr(held, "proxy", held),), {})
     return track_tensor_tree(value.data, proxy, constant=None, tracer=tracer)
-
-
-def _checkpointed(body: Graph, *args: Any, **settings: Any) -> Any:
-    """What is computed again for the backward, written out between its marks."""
-    _tracer().create_proxy("call_function", begins, (), {}).node.meta |= known(body, settings)
-    result = _Run(body).run(*args)
-    _tracer().create_proxy("call_function", ends, (), {})
-    return result
 
 
 def call_by_call(gm: Graph, fakes: Sequence[Any], mode: FakeTensorMode, *, aliased: bool = False) -> Graph:
@@ -244,10 +263,7 @@ class _CallTracer:
             _, region = self.casts.pop()
             region.close()
         else:
-            device, dtype, enabled, _ = node.args
-            region = self.opened.enter_context(ExitStack())
-            # A cast that is remembered would be no node where it is used again.
-            region.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))  # type: ignore[arg-type]
+            region = _casting(self.opened, node.args)
             self.casts.append((node.args, region))
         assert callable(node.target)
         self.copies[node] = self.graph.call_function(node.target, fx.map_arg(node.args, self._copy))

@@ -244,9 +244,10 @@ class Cast(nn.Module):
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["spelled out", "called"])
-def test_automatic_casts_are_the_type_of_the_site(called: bool) -> None:
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "symbolic"])
+def test_automatic_casts_are_the_type_of_the_site(called: bool, dynamic: bool) -> None:
     model, x = Cast(called, enabled=True), torch.randn(2, 5, 8)
-    (graph,) = graphs_of(model, x)
+    (graph,) = graphs_of(model, x, dynamic=dynamic)
     (match,) = detect(graph).matches
     assert match.site.dtype == "bfloat16"
     run = torch.compile(model, backend="rewriter", options={"inner": "eager"})

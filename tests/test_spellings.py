@@ -1774,7 +1774,6 @@ def test_scores_no_less_than_the_lowest_of_a_query_that_sees_nothing(rewrite: An
     check_equal(result.out, masked(compute)(q, k, v, mask))
 
 
-@pytest.mark.xfail(strict=True, reason="a checkpointed block cannot be traced again yet")
 def test_a_block_that_is_computed_again(rewrite: Any) -> None:
     def recomputed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(plain, q, k, v, use_reentrant=False)

@@ -190,11 +190,23 @@ def masked_and_divided_in_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bhjd->bhid", e, v) / e.sum(-1)[..., None]
 
 
+def narrow_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores(q, k).softmax(-1).bfloat16() @ v.bfloat16()).float()
+
+
+def written_at_places(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s, (i, j) = scores(q, k), torch.triu_indices(S, S, 1)
+    s[..., i, j] = -float("inf")
+    return s.softmax(-1) @ v
+
+
 RECOGNISED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "by the logarithm of a sum, with hidden keys": (hidden_by_logsumexp, "by_logarithm"),
     "the sum as a column of the product": (divided_by_a_column, "not_divided"),
     "a triangle, divided in the end": (divided_in_the_end, "divided_later"),
     "a mask, divided in the end": (masked_and_divided_in_the_end, "divided_later"),
+    "values of a narrower type": (narrow_values, "types_differ"),
+    "written at places": (written_at_places, "written_at_places"),
 }
 
 
@@ -261,6 +273,15 @@ def test_alibi_of_counted_tokens() -> None:
     tokens[1, :3] = 0
     _, run = rewritten(model, *(inputs := (*qkv(2, 4), tokens)), variant="sdpa")
     check_equal(run(*inputs), model(*inputs))
+
+
+def test_a_number_for_each_head_is_no_alibi() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, shift: Tensor) -> Tensor:
+        return (scores(q, k) + shift).softmax(-1) @ v
+
+    shift = nn.Parameter(torch.randn(4, 1, 1), requires_grad=False)
+    (match,) = found(model, *qkv(2, 4), shift).matches
+    assert match.site.bias != "alibi"
 
 
 def test_a_row_of_a_table_of_masks() -> None:
