@@ -103,8 +103,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     real = Ledger.measured
 
-    def measured(self: Ledger, kind: str, what: Any, make: Callable[[], Any]) -> Any:
-        return real(self, kind, what, lambda: found.append((kind, what)) or make())
+    def measured(self: Ledger, kind: str, what: Any, make: Callable[[], Any], **options: Any) -> Any:
+        return real(self, kind, what, lambda: found.append((kind, what)) or make(), **options)
 
     monkeypatch.setattr(Ledger, "measured", measured)
     return found
@@ -126,7 +126,6 @@ def test_the_search_finds_what_the_workers_measured(cluster: Clusters, made: lis
     assert searched()["pairs"] >= 2 and made and not independent(made)
 
 
-@pytest.mark.slow
 def test_a_lost_worker_loses_nothing(cluster: Clusters, made: list[Any]) -> None:
     def lose_one(stage: str, done: int, total: int | None) -> None:
         if done >= 2 and len(cluster.nodes) == 2:
