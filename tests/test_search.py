@@ -25,6 +25,7 @@ from rewriter.tune.choices import Candidate, SiteChoices, Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench
 from rewriter.tune.record import Record
+from rewriter.tune.rehearsal import rehearsed
 from rewriter.tune.search import MARGIN, MOST_TRIALS, Tuning
 from rewriter.tune.slots import SlotRewriter
 
@@ -236,7 +237,9 @@ def test_calls_are_counted(priced: None, monkeypatch: pytest.MonkeyPatch) -> Non
     for owner, name in ((scores, "evaluate"), (scores, "measure_original"), (predict, "gradients")):
         counting(owner, name)
     options: dict[str, Any] = {"metric": "cosine", "max_drop": 0.01, "variants": ["sdpa", "sliding_window"]}
-    model = rewriter.optimize(Redundant([2]).eval(), [marked(seed) for seed in range(24)], **options)
+    batches = [marked(seed) for seed in range(24)]
+    planned = rehearsed(Redundant([2]).eval(), batches, metric="cosine", variants=options["variants"])
+    model = rewriter.optimize(Redundant([2]).eval(), batches, **options)
     plan = rewriter.plan_of(model)
     assert plan is not None and plan.search is not None
     search = plan.search
@@ -245,7 +248,8 @@ def test_calls_are_counted(priced: None, monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts == {"measure_original": 24, "gradients": 4, "evaluate": 1 + 8 + 16}
     assert search["evaluations"] == search["needed"] == 2 + 24 + 4 * 4 + 25
     assert search["guarding"] == 16 + 16 and search["pairs"] == 4
-    assert search["exhaustive"] == search["exhaustive_by_heads"] == 2 * 8
+    assert search["exhaustive"] == search["exhaustive_by_heads"] == planned.changing * planned.searched == 2 * 8
+    assert search["evaluations"] <= planned.calls and search["pairs"] == planned.pairs
     assert "To search takes 35 calls" in searched_in_words(Facts.of(plan)) and "would take 16" in searched_in_words(
         Facts.of(plan)
     )

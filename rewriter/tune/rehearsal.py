@@ -29,14 +29,15 @@ from rewriter.tune.slots import SlotRewriter
 class Rehearsal:
     """The size of a search.
 
-    kinds  of sites: each is measured once
-    pairs  (site, candidate) pairs whose effect is predicted
-    calls  of the model at most, by what they are for
+    kinds     of sites: each is measured once
+    pairs     (site, candidate) pairs, and how many of them are `changing` the result
+    calls     of the model at most, to measure accuracy; a backward pass counts as two
     """
 
     sites: int
     kinds: int
     pairs: int
+    changing: int
     searched: int
     held_out: int
     calls: int
@@ -49,8 +50,8 @@ class Rehearsal:
         return (
             f"{self.sites} attentions of {self.kinds} kinds, {self.pairs} candidates at all of them together. "
             f"{self.searched} batches guide the search and {self.held_out} decide: at most {self.calls} calls of the "
-            f"model to measure accuracy; to try each candidate end to end would take {self.pairs * self.searched}. "
-            "Nothing was measured."
+            "model to measure accuracy; to try each that changes the result end to end would take "
+            f"{self.changing * self.searched} to search alone. Nothing was measured."
         )
 
 
@@ -77,7 +78,7 @@ def rehearsed(
     outputs = outputs_of(model, searched[0], 0)
     resolve_metric(metric, searched[0], outputs, causal=causal)
     found = [workbench.candidates(region)[0] for region in slots.regions.values()]
-    original = len(searched) + len(held_out)
+    original = 2 + len(searched) + len(held_out)  # twice on one, to see whether it repeats itself
     effects = CALLS_A_BATCH * len(sampled(searched))
     is_language_model = causal and predicts_ids(searched[0], outputs)
     planted = [len(probes.planted(part, seed)) if is_language_model else 0 for part in (searched, held_out)]
@@ -86,6 +87,7 @@ def rehearsed(
         sites=len(found),
         kinds=len({region.identity() for region in slots.regions.values()}),
         pairs=sum(map(len, found)),
+        changing=sum(variant.fidelity != "exact" for pairs in found for variant, _ in pairs),
         searched=len(searched),
         held_out=len(held_out),
         calls=original + effects + MOST_TRIALS * len(searched) + 3 * len(held_out) + recall,
