@@ -48,8 +48,9 @@ def test_time_memory_and_the_ideal(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["milliseconds"] > 0 and row["config"] is not None for row in found)
 
 
-def test_places_in_maps_beside_attention_to_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
-    found = rows(capsys, "--variant", "deformable", "--size", "16x16", "--dtype", "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_places_in_maps_beside_attention_to_all_of_them(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = rows(capsys, "--variant", "deformable", "--size", "16x16", "--dtype", dtype)
     assert [(row["case"], row["variant"]) for row in found] == [
         ("16x16, 4+4+4 places", BASELINE),
         ("16x16, 4+4+4 places", "deformable"),

@@ -43,12 +43,15 @@ def reference(
     depth: Sequence[Tensor] | None = None,
     fusion: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One corner of one level at a time: (B, H, Q, D). Arguments as in `rewriter.sampling`.
+    """One corner of one level at a time, and at least in float32, of which places need every bit: (B, H, Q, D).
+    Arguments as in `rewriter.sampling`.
 
     With `depth`, (B, height, width) for each level, the result has one channel more, the depth that was sampled; with
     `fusion` it is what `fused` makes of it and these two tensors.
     """
-    maps = maps if depth is None else with_depth(maps, depth)
+    dtype, wide = weights.dtype, torch.promote_types(weights.dtype, torch.float32)
+    maps = [level.to(wide) for level in (maps if depth is None else with_depth(maps, depth))]
+    grids, weights = [grid.to(wide) for grid in grids], weights.to(wide)
     parts = weights.split([grid.shape[3] for grid in grids], -1)
     out = weights.new_zeros(*weights.shape[:3], maps[0].shape[-1])
     for level, grid, weight in zip(maps, grids, parts, strict=True):
@@ -61,7 +64,7 @@ def reference(
                 b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None]
                 value = level[b, h, row.long().clamp(0, height - 1), column.long().clamp(0, width - 1)]
                 out += ((weight * share_x * share_y * inside)[..., None] * value).sum(3)
-    return out if fusion is None else fused(out, *fusion)
+    return (out if fusion is None else fused(out, *fusion)).to(dtype)
 
 
 def places(points: Tensor, offsets: Tensor, sizes: Sizes) -> list[Tensor]:
