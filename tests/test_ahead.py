@@ -9,18 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from rewriter.codegen.ahead import CompileError, compile_ahead, parse_target
 from rewriter.codegen.compiled import binaries, launches
+from rewriter.codegen.configs import default
 from rewriter.codegen.disassembly import Counts, analysed, gcn, sass
 from rewriter.codegen.expression import kinds_of
 from rewriter.codegen.formula import Formula
-from rewriter.codegen.fragments import Blocks
+from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
-from tests.formulas import unusual
+from tests.formulas import near, unusual
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
 
@@ -208,6 +210,27 @@ def test_functions_that_say_what_is_rarely_said(name: str) -> None:
         formula, Blocks(32, 32), "sm_90", head_dim=32, kinds=kinds_of(tensors), kernels=("forward",)
     )  # fmt: skip
     assert binary.code.tensor
+
+
+WINDOW = Formula((near,), numbers={"window": 256})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_forward_derivatives_fit_at_the_default_config(target: str, size: int) -> None:
+    """They hold twice what the forward pass does."""
+    blocks = default(target, "forward_jvp", size)
+    (binary,) = binaries(WINDOW, blocks, target, head_dim=size, kernels=("forward_jvp",))
+    assert binary.spills == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_float32_fits_at_the_default_config(kernel: str, size: int) -> None:
+    """Without tensor cores a config of bfloat16 spilled 100 KB, or asked for more memory than there is."""
+    blocks = default("sm_90", kernel, size, torch.float32)
+    (binary,) = binaries(WINDOW, blocks, "sm_90", head_dim=size, dtype=torch.float32, kernels=(kernel,))
+    assert binary.spills == 0
 
 
 def test_the_line_of_a_function_that_a_kernel_calls_is_named() -> None:

@@ -32,13 +32,14 @@ def launches(
     known = dict(kinds or {})
     sizes: dict[str, Any] = {"head_dim": head_dim, "v_head_dim": v_head_dim or head_dim, "dtype": dtype, "kinds": known}
     for name in kernels:
-        module = loaded(source(formula, blocks, **sizes, backward=name != "forward"), "triton")
+        parts: dict[str, Any] = {"backward": name.startswith("backward"), "jvp": name == "forward_jvp"}
+        module = loaded(source(formula, blocks, **sizes, **parts), "triton")
         kernel = getattr(module, name)
         types = {argument: _type(argument, dtype, known) for argument in kernel.arg_names}
         constants = {"sink": None} if "sink" in types and not formula.sink else {}
         signature = {argument: text for argument, text in types.items() if argument not in constants}
         # As of contiguous tensors of these head sizes: what a launch sees by itself.
-        whole = [a for a, text in signature.items() if text[0] == "*" or re.fullmatch(r"[qkvo]_[bhmn]", a)]
+        whole = [a for a, text in signature.items() if text[0] == "*" or re.fullmatch(r"(t_)?[qkvo]_[bhmn]", a)]
         divisible = whole if head_dim % 16 == 0 and (v_head_dim or head_dim) % 16 == 0 else []
         yield Launch(kernel, signature, constants, divisible)
 
@@ -59,6 +60,6 @@ def _type(argument: str, dtype: torch.dtype, kinds: Mapping[str, Kind]) -> str:
         return "i32" if re.search(r"_[sn]\d$", argument) else "*fp32"
     if argument.removeprefix("in_") in kinds:
         return f"*{_POINTED[kinds[argument.removeprefix('in_')]]}"
-    if argument in ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"):
+    if re.fullmatch("(d_|t_)?(query|key|value|out)", argument):
         return f"*{_TYPES[dtype]}"
     return "i32"

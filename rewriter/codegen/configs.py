@@ -29,29 +29,36 @@ DEFAULTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 4, 2)},
         "backward_keys": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
         "backward_queries": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
+        "forward_jvp": {64: (128, 32, 8, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
     },
     "sm_90": {
         "forward": {128: (128, 128, 8, 2), 256: (128, 32, 8, 3)},
         "backward_keys": {32: (128, 64, 4, 2), 64: (32, 128, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
         "backward_queries": {32: (128, 128, 8, 2), 64: (128, 128, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
+        "forward_jvp": {64: (128, 64, 8, 2), 128: (128, 32, 8, 1), 256: (32, 32, 8, 2)},
     },
     "sm_100": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "backward_keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 2)},
         "backward_queries": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "forward_jvp": {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     },
     "gfx942": {
         "forward": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
         "backward_keys": {64: (64, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
         "backward_queries": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 2)},
+        "forward_jvp": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 16, 4, 2)},
     },
 }
 
+# Products of float32 are no tensor core's, and keep their operands in registers: of all kernels on all targets.
+WIDE = {64: (32, 32, 8, 2), 256: (16, 16, 4, 1)}
 
-def default(target: str, kernel: str, head_dim: int) -> Blocks:
+
+def default(target: str, kernel: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Blocks:
     """The shipped config for the nearest size at or above this one."""
     family = DEFAULTS.get(target) or DEFAULTS["gfx942" if target.startswith("gfx") else "sm_80"]
-    sizes = family[kernel]
+    sizes = WIDE if dtype.itemsize > 2 else family[kernel]
     size = next((size for size in sorted(sizes) if size >= head_dim), max(sizes))
     return Blocks(*sizes[size])
 

@@ -62,7 +62,7 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     def default(kernel: str, target: str) -> Blocks:
         from rewriter.codegen.configs import default
 
-        return default(target, kernel, site.head_dim)
+        return default(target, kernel, site.head_dim, sizes["dtype"])
 
     def binary(kernel: str, blocks: Blocks, target: str) -> Binary:
         from rewriter.codegen.compiled import binaries

@@ -34,7 +34,9 @@ class SoftmaxKernel:
 
     def __init__(self, formula: Formula, blocks: Blocks | Mapping[str, Blocks] | None = None) -> None:
         self.formula = formula
-        self.blocks = dict.fromkeys(KERNELS, blocks) if isinstance(blocks, Blocks) else dict(blocks or {})
+        self.blocks = (
+            dict.fromkeys((*KERNELS, "forward_jvp"), blocks) if isinstance(blocks, Blocks) else dict(blocks or {})
+        )
         self.lists = lists_of(formula)
 
     def __str__(self) -> str:
@@ -56,7 +58,8 @@ class SoftmaxKernel:
 
     def config(self, kernel: str, query: Tensor) -> Blocks:
         """That of one kernel for these operands."""
-        return self.blocks.get(kernel) or default(Target.current(query.device).capability, kernel, query.shape[-1])
+        capability = Target.current(query.device).capability
+        return self.blocks.get(kernel) or default(capability, kernel, query.shape[-1], query.dtype)
 
     def module(
         self, blocks: Blocks, query: Tensor, value: Tensor, tensors: Mapping[str, Tensor], **options: Any
@@ -152,7 +155,7 @@ def moved(
     """The derivative of the output along the tangents of query, key and value; None stands for zeros."""
     along = [torch.zeros_like(t) if dt is None else dt for t, dt in zip(operands, tangents, strict=True)]
     along = [t if t.stride(-1) == 1 else t.contiguous() for t in along]
-    (query, key, value), blocks = operands, kernel.config("forward", operands[0])
+    (query, key, value), blocks = operands, kernel.config("forward_jvp", operands[0])
     (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     runs = kernel.lists(query, key, tensors, blocks.block_m, blocks.block_n)
     paired = [t for pair in zip(operands, along, strict=True) for t in pair]
