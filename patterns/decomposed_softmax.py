@@ -17,9 +17,10 @@ from rewriter.pattern import Contraction, Normaliser, Pattern, Step, ask
 from rewriter.twins import are_twins
 
 _ATEN = torch.ops.aten
-
-
 _POWERS = (_ATEN.exp, _ATEN.exp_, _ATEN.exp2, _ATEN.exp2_, _ATEN.pow.Scalar)
+_HIDINGS = (
+    _ATEN.mul, _ATEN.mul_, _ATEN.masked_fill, _ATEN.masked_fill_, _ATEN.where, _ATEN.tril, _ATEN.triu,
+)  # fmt: skip
 _SUMS = (_ATEN.sum, _ATEN.logsumexp)
 _SOFTMAXES = (_ATEN.softmax, _ATEN._softmax, _ATEN._safe_softmax)
 _RESHAPES = (_ATEN.unsqueeze, _ATEN.view, _ATEN.reshape, _ATEN._unsafe_view, _ATEN.expand, _ATEN.expand_as, _ATEN.alias)
@@ -29,9 +30,9 @@ def normaliser(node: fx.Node) -> Normaliser | None:
     """e / e.sum(axis, keepdim=True) with e = exp(scores), or a softmax, which is in proportion to them."""
     if (found := _divided(node)) is not None:
         return found
-    if (found := _by_logarithm(node)) is not None:
-        return found
-    return _divided_later(node) or _undivided(node)
+    if not is_call(node, *_POWERS, *_HIDINGS):
+        return None
+    return _by_logarithm(node) or _divided_later(node) or _undivided(node)
 
 
 def _divided(node: fx.Node) -> Normaliser | None:
@@ -170,13 +171,13 @@ def _by_logarithm(node: fx.Node) -> Normaliser | None:
 
 def _divided_later(node: fx.Node) -> Normaliser | None:
     """exp(s) goes into the product with the values, and the result is divided by its sum."""
-    found = _exponential(node)
-    base = _base(found[0]) if found is not None else None
     sums = [user for user in node.users if is_call(user, _ATEN.sum)]
     axes = argument(sums[0], "dim") if sums else None
-    if found is None or base is None or len(sums) != 1 or not isinstance(axes, (list, tuple)) or len(axes) != 1:
+    if len(sums) != 1 or not isinstance(axes, (list, tuple)) or len(axes) != 1 or len(node.users) < 2:
         return None
-    if len(node.users) < 2 or any(_divided(user) is not None for user in node.users):
+    found = _exponential(node)
+    base = _base(found[0]) if found is not None else None
+    if found is None or base is None or any(_divided(user) is not None for user in node.users):
         return None
     power, hidden, _ = found
     scores = power.all_input_nodes[0]
@@ -186,25 +187,28 @@ def _divided_later(node: fx.Node) -> Normaliser | None:
 
 def _undivided(node: fx.Node) -> Normaliser | None:
     """exp(s) goes into a product, and nothing divides it: the sum may be a column of that product."""
-    found = _exponential(node)
+    axis = _summed_with_values(node)
+    found = _exponential(node) if axis is not None else None
     base = _base(found[0]) if found is not None else None
-    if found is None or base is None or any(is_call(user, _ATEN.sum) for user in node.users):
+    if axis is None or found is None or base is None or any(is_call(user, _ATEN.sum) for user in node.users):
         return None
-    if is_call(found[0].all_input_nodes[0], _ATEN.log_softmax, _ATEN._log_softmax):
+    power, hidden, _ = found
+    scores, dtype = power.all_input_nodes[0], value_of(node).dtype
+    if is_call(scores, _ATEN.log_softmax, _ATEN._log_softmax):
         return None
+    return Normaliser(scores, axis, dtype=dtype, hidden=hidden, edit="not_divided", factor=base)
+
+
+def _summed_with_values(node: fx.Node) -> int | None:
+    """The axis along which a product with what depends on data sums this."""
     for user in node.users:
         product: Contraction | None = ask("contraction", user)
         if product is None or (product.left is node) == (product.right is node):
             continue
-        if not depends_on_data(product.right if product.left is node else product.left):
-            continue
-        labels = product.left_labels if product.left is node else product.right_labels
-        axis = next((place for place, label in enumerate(labels) if label not in product.out_labels), None)
-        if axis is not None:
-            power, hidden, _ = found
-            scores = power.all_input_nodes[0]
-            dtype = value_of(node).dtype
-            return Normaliser(scores, axis, dtype=dtype, hidden=hidden, edit="not_divided", factor=base)
+        left = product.left is node
+        labels, other = (product.left_labels, product.right) if left else (product.right_labels, product.left)
+        if depends_on_data(other):
+            return next((place for place, label in enumerate(labels) if label not in product.out_labels), None)
     return None
 
 

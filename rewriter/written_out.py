@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from string import ascii_letters
 from typing import Any
@@ -15,7 +14,7 @@ _ATEN = torch.ops.aten
 
 
 def einsum(equation: str, tensors: Sequence[Tensor], *, path: Sequence[int] | None = None) -> Any:
-    """Of more than two tensors: two by two, first those whose product is the smallest beside them. Without a sum it is
+    """Of more than two tensors: two by two, first those whose product has the fewest axes. Without a sum it is
     a multiplication. Anything else stays.
     """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
@@ -33,19 +32,12 @@ def einsum(equation: str, tensors: Sequence[Tensor], *, path: Sequence[int] | No
 
 
 def _two_by_two(terms: list[str], tensors: list[Tensor], output: str) -> Tensor:
-    size: dict[str, Any] = {}
-    for term, each in zip(terms, tensors, strict=True):
-        size |= dict(zip(term, each.shape, strict=True))
-
-    def extent(term: str) -> Any:
-        return math.prod(size[letter] for letter in term)
-
     while len(tensors) > 1:
         ways = []
         for i, j in itertools.combinations(range(len(terms)), 2):
             others = set(output).union(*(term for k, term in enumerate(terms) if k not in (i, j)))
             made = "".join(letter for letter in dict.fromkeys(terms[i] + terms[j]) if letter in others)
-            ways.append((extent(made) - extent(terms[i]) - extent(terms[j]), i, j, made))
+            ways.append((len(made), i, j, made))
         _, i, j, made = min(ways)
         made = output if len(tensors) == 2 else made
         product = torch.einsum(f"{terms[i]},{terms[j]}->{made}", tensors[i], tensors[j])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rewriter.backend import GraphRewriter
 from rewriter.detect import Detection
 from rewriter.site import Causal, Full, Padding
 from tests.programs import check_equal, rewritten
@@ -96,6 +97,19 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[[], Sequence[Tensor]]]
 def test_products(model: Callable[..., Tensor], inputs: Callable[[], Sequence[Tensor]]) -> None:
     (match,) = found(model, *inputs()).matches
     assert match.site.head_dim == 8
+
+
+def test_an_einsum_of_three_of_any_length() -> None:
+    """Which two tensors meet first does not depend on how long they are."""
+    seen = GraphRewriter(None)
+    run = torch.compile(projected_at_once, backend=seen)
+    weight = nn.Parameter(torch.randn(4, 8, 5))
+    for length in (6, 9, 40):
+        q, k, v = (torch.randn(2, 4, length, 8) for _ in range(3))
+        for tensor in (q, k, v):
+            torch._dynamo.mark_dynamic(tensor, 2)
+        check_equal(run(q, k, v, weight), projected_at_once(q, k, v, weight))
+    assert seen.graphs == len(seen.sites) == 1
 
 
 def test_a_three_way_mask_is_not_lost() -> None:
