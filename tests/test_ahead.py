@@ -19,10 +19,10 @@ from rewriter.codegen.compiled import binaries, launches
 from rewriter.codegen.configs import default
 from rewriter.codegen.disassembly import Counts, analysed, gcn, sass
 from rewriter.codegen.expression import kinds_of
-from rewriter.codegen.formula import Formula
+from rewriter.codegen.formula import Formula, causal, not_before
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
-from tests.formulas import near, unusual
+from tests.formulas import unusual
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
 
@@ -212,7 +212,7 @@ def test_functions_that_say_what_is_rarely_said(name: str) -> None:
     assert binary.code.tensor
 
 
-WINDOW = Formula((near,), numbers={"window": 256})
+WINDOW = Formula((causal, not_before), numbers={"offset": 0, "left": 255})
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -222,6 +222,13 @@ def test_forward_derivatives_fit_at_the_default_config(target: str, size: int) -
     blocks = default(target, "forward_jvp", size)
     (binary,) = binaries(WINDOW, blocks, target, head_dim=size, kernels=("forward_jvp",))
     assert binary.spills == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_nothing_spills_at_the_default_config(target: str) -> None:
+    for kernel in KERNELS:
+        (binary,) = binaries(WINDOW, default(target, kernel, 64), target, head_dim=64, kernels=(kernel,))
+        assert binary.spills == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

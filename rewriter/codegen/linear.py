@@ -11,6 +11,7 @@ from rewriter.codegen.linear_formula import LinearFormula, LinearState, state_he
 from rewriter.codegen.linear_fragments import LinearBlocks
 from rewriter.codegen.linear_launch import Launch, cumulated, empty, flat, module_of, operands, unflat
 from rewriter.errors import OptionError
+from rewriter.target import Target
 
 
 class LinearKernel:
@@ -24,8 +25,8 @@ class LinearKernel:
         self.formula, self._blocks = formula, blocks
 
     def blocks(self, query: Tensor) -> LinearBlocks:
-        """The config for queries of this type."""
-        return self._blocks or LinearBlocks.of(query.dtype)
+        """The config for queries of this type on their device."""
+        return self._blocks or LinearBlocks.of(query.dtype, Target.current(query.device).capability)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, *, log_decay: Tensor | None = None,

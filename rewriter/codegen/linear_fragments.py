@@ -45,11 +45,12 @@ class LinearBlocks:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @classmethod
-    def of(cls, dtype: torch.dtype) -> LinearBlocks:
+    def of(cls, dtype: torch.dtype, target: str) -> LinearBlocks:
         """What is used where nothing is chosen: without a spill on sm_90 for 64 and 128 features and channels."""
         if dtype == torch.float32:  # its products are no tensor core's, and keep their operands in registers
             return cls(32, 32, 32)
-        return cls(num_stages=1) if dtype == torch.float16 else cls()
+        # Loops are short, and a stage more is held in registers there.
+        return cls(num_stages=1) if dtype == torch.float16 or target.startswith("sm_8") else cls()
 
     def rows(self, formula: LinearFormula) -> int:
         """Positions in a block of queries or keys."""
