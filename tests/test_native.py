@@ -18,10 +18,11 @@ from rewriter.bench.tables import kernels_markdown
 from rewriter.codegen import cpp, native
 from rewriter.codegen.blocks import Lists
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, shown, tokens
+from rewriter.codegen.gathered import Gathered
 from rewriter.codegen.implementation import Generated
 from rewriter.errors import OptionError
 from rewriter.guard import error, tolerance
-from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal
+from rewriter.site import AttentionSite, Causal, Dense, Full, Refusal, SlidingWindow
 from rewriter.variant import variants
 from tests.formulas import alibi, near, same_segment, unusual
 
@@ -336,7 +337,7 @@ def test_blocks_follow_the_mask() -> None:
 
 
 def test_the_best_config_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [3.0, 3.0, 1.0, 2.0][: len(times)])
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [3.0, 3.0, 1.0, 2.0, 4.0][: len(times)])
     monkeypatch.setattr(cpp, "_WORTH", 0)
     formula = Formula((near,), numbers={"window": 24})
     run = []
@@ -349,6 +350,25 @@ def test_the_best_config_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     _, second, *_ = cpp.sizes(formula, query, query, {})
     assert (run[-1].block_m, run[-1].block_n) == second
     assert error(out, expected) <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_copies_of_keys_compete_where_most_is_hidden(monkeypatch: pytest.MonkeyPatch, compiler: bool) -> None:
+    """Without a compiler, a local mask would else have PyTorch's dense kernel alone."""
+    if not compiler:
+        monkeypatch.setattr(cpp, "attention", lambda *given: Refusal("there is no compiler"))
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] * (len(times) - 1) + [1.0])
+    run = []
+    gathered = Gathered.__call__
+    monkeypatch.setattr(Gathered, "__call__", lambda self, *given: run.append(1) or gathered(self, *given))
+    query = torch.randn(1, 2, 512, 88 if compiler else 104)
+    for mask, taken in ((Causal() & SlidingWindow(30, None), True), (Causal(), False)):
+        built = variants()["sdpa"].build(replace(SITE, mask=mask), {})
+        run.clear()
+        with torch.no_grad():
+            out = built(query, query, query, None, None)
+        assert bool(run) == taken
+        assert error(out, built.plain(query, query, query, None, None)) <= tolerance(torch.float32)
 
 
 # --- other ways to be called -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from rewriter.codegen.blocks import Runs, lists_of
 from rewriter.codegen.formula import Formula, passed, reading
 
-_BLOCK = 64
+BLOCK = 64
 _TOGETHER = 8  # blocks of queries in one call
 _NO_COPY = 1.25
 """How many times the keys that are needed a plain slice of them may hold."""
@@ -39,12 +39,12 @@ class Gathered:
         tensors, own = passed(mask, padding), sink[0] if sink else None
         formula = reading(self.formula, tensors)
         given = (query, key, value, *tensors.values(), *sink)
-        if query.shape[2] <= _BLOCK or not formula.masks or any(traced(t) or transformed(t) for t in given):
+        if query.shape[2] <= BLOCK or not formula.masks or any(traced(t) or transformed(t) for t in given):
             return formula.reference(query, key, value, self.scale, sink=own, **tensors)
         call = _Call(formula, self.scale, query, key, value, own, tensors)
-        visits = _visits(lists_of(formula)(query, key, tensors, _BLOCK, _BLOCK), -(-key.shape[2] // _BLOCK))
+        visits = _visits(lists_of(formula)(query, key, tensors, BLOCK, BLOCK), -(-key.shape[2] // BLOCK))
         starts = range(0, visits.shape[2], _TOGETHER)
-        return torch.cat([call.rows(start * _BLOCK, visits[:, :, start : start + _TOGETHER]) for start in starts], 2)
+        return torch.cat([call.rows(start * BLOCK, visits[:, :, start : start + _TOGETHER]) for start in starts], 2)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _Call:
 
     def rows(self, first: int, visits: Tensor) -> Tensor:
         """Blocks of queries from the first on, and their part of `_visits`."""
-        query = self.query[:, :, first : first + visits.shape[2] * _BLOCK]
+        query = self.query[:, :, first : first + visits.shape[2] * BLOCK]
         visited = visits > 0
         seen = visited.any(2).any(1).any(0).nonzero()[:, 0]
         if len(seen) == 0:
@@ -67,7 +67,7 @@ class _Call:
         low, high = int(seen[0]), int(seen[-1]) + 1
         most = int(visited.sum(3).max())
         if high - low <= _NO_COPY * most:  # nearly all of them see nearly the same
-            return self._of_slice(query, first, slice(low * _BLOCK, high * _BLOCK))
+            return self._of_slice(query, first, slice(low * BLOCK, high * BLOCK))
         order = visited.to(torch.uint8).argsort(dim=3, descending=True, stable=True)[..., :most]
         return self._of_copies(query, first, order, visits.gather(3, order))
 
@@ -81,10 +81,10 @@ class _Call:
         the blocks of keys that it sees, with the `visits` of each, and others where it sees fewer.
         """
         (batch, heads, length, _), (kv_heads, kv_len), blocks = query.shape, self.key.shape[1:3], visits.shape[2]
-        query = F.pad(query, (0, 0, 0, blocks * _BLOCK - length)).unflatten(2, (blocks, _BLOCK))
-        within = torch.arange(_BLOCK, device=query.device)
-        j = (order[..., None] * _BLOCK + within).flatten(3)
-        real = (visits > 0).repeat_interleave(_BLOCK, 3) & (j < kv_len)
+        query = F.pad(query, (0, 0, 0, blocks * BLOCK - length)).unflatten(2, (blocks, BLOCK))
+        within = torch.arange(BLOCK, device=query.device)
+        j = (order[..., None] * BLOCK + within).flatten(3)
+        real = (visits > 0).repeat_interleave(BLOCK, 3) & (j < kv_len)
         j = j.clamp(max=kv_len - 1)
         copied = heads if visits.shape[1] > 1 else kv_heads
         b, h = (torch.arange(n, device=query.device) for n in (batch, copied))
@@ -93,8 +93,8 @@ class _Call:
         def apart(t: Tensor) -> Tensor:
             return t.expand(batch, *t.shape[1:]).transpose(1, 2).flatten(0, 1)
 
-        row = (first + torch.arange(blocks * _BLOCK, device=query.device)).clamp(max=self.query.shape[2] - 1)
-        at = self._places(apart(row.view(1, 1, blocks, _BLOCK, 1)), apart(j)[:, :, None])
+        row = (first + torch.arange(blocks * BLOCK, device=query.device)).clamp(max=self.query.shape[2] - 1)
+        at = self._places(apart(row.view(1, 1, blocks, BLOCK, 1)), apart(j)[:, :, None])
         at["b"] = at["b"].repeat_interleave(blocks, 0)
         keys, values = apart(self.key[index]), apart(self.value[index])
         asked = bool((visits == 1).any())

@@ -1,13 +1,14 @@
 """What a variant with a formula runs: the fastest of its plain implementation and of what is generated for the formula.
 
 They compete by measurement, once for each site, its sizes and the target, and the times are remembered in the cache. On
-CPUs generated C++ takes part, on GPUs generated Triton, each with the shipped config and those that promise less work.
+CPUs generated C++ takes part, and copies of the keys that are seen; on GPUs generated Triton. Kernels have the shipped
+config and those that promise less work.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Protocol
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
-from rewriter.codegen.blocks import pairs_of
+from rewriter.codegen.blocks import lists_of, pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
-from rewriter.codegen.gathered import Gathered, traced, transformed
+from rewriter.codegen.gathered import BLOCK, Gathered, traced, transformed
 from rewriter.site import AttentionSite, Refusal
 from rewriter.target import Target
 from rewriter.variant import Config, Implementation
@@ -144,13 +145,19 @@ class Generated:
         return self._chosen[place]
 
     def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
-        """Generated C++, each with a text that says which; nothing without a compiler."""
+        """Generated C++, each with a text that says which, none without a compiler; and copies of keys, where the
+        plain implementation is another and the mask hides most.
+        """
         formula, tensors, standing = self._seen(given)
         for size in cpp.sizes(formula, *standing, tensors):
             made = cpp.attention(formula, given[0], given[2], tensors, size, self.order.places if self.order else None)
             if isinstance(made, Refusal):
-                return
+                break
             yield str(made.kernel.spec), self._called(made)
+        if not (self.order or self.reads or isinstance(self.plain, Gathered)) and _hides_most(
+            formula, *standing, tensors
+        ):
+            yield "gathered", Gathered(self.formula, self.site.scale)
 
     def _on_gpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
         """Generated Triton, each with a text that says which."""
@@ -203,6 +210,14 @@ class Generated:
             taken = dict(zip(fitting, times, strict=True))
             remember("attention, by name", place, taken)
         return candidates[min(taken, key=taken.__getitem__, default="plain")]
+
+
+def _hides_most(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Does less than half of all blocks remain?"""
+    if not formula.masks:
+        return False
+    runs = lists_of(formula)(query, key, tensors, BLOCK, BLOCK)
+    return 2 * runs.visited < runs.first[..., 1:].numel() * -(-key.shape[2] // BLOCK)
 
 
 def _somewhere(row: Any, lies: Any) -> Any:
