@@ -77,9 +77,10 @@ def cosine_similarity(one: Tensor, other: Tensor, dim: int = 1, eps: float = 1e-
 
 
 def index_fill(tensor: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    """A number wherever an axis has one of these places."""
-    places = torch.arange(tensor.shape[dim], device=tensor.device)
-    found = (places[:, None] == index.reshape(1, -1)).any(1)
+    """A number wherever an axis has one of these places, which may count from its end."""
+    length = tensor.shape[dim]
+    places = torch.arange(length, device=tensor.device)
+    found = (places[:, None] == index.reshape(1, -1) % length).any(1)
     shape = [1] * tensor.dim()
     shape[dim] = -1
     return tensor.masked_fill(found.view(shape), value)

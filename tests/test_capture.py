@@ -525,3 +525,35 @@ def test_a_product_with_the_data_of_a_parameter_is_a_linear_layer(rewrite: Any, 
             return (x @ held(self.weight).mT).softmax(-1) @ x[:, :5]
 
     assert rewrite(Router(), torch.randn(1, 7, 8)).sites == []
+
+
+A, B = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+OPERATORS: dict[str, Any] = {
+    "index_fill": lambda x, y: x.index_fill(-2, torch.tensor([-1, 1]), 2.0),
+    "index_fill of one place": lambda x, y: x.index_fill(0, torch.tensor(-3), 2.0),
+    "tensordot": lambda x, y: torch.tensordot(x, y, dims=([-1, 0], [2, -3])),
+    "tensordot of several": lambda x, y: torch.tensordot(x, y.permute(1, 2, 0), dims=2),
+    "einsum of three": lambda x, y: torch.einsum("abc,abd,ae->de", x, y, y[:, 0]),
+    "einsum of three, in its own order": lambda x, y: torch.einsum("zbc,zbd,zd", x, y, y[:, 0]),
+    "einsum without a sum": lambda x, y: torch.einsum("abc,ac->cab", x, y[:, 0]),
+    "einsum of an axis that is one long": lambda x, y: torch.einsum("abc,abd,ad->acd", x, y, y[:1, 0]),
+    "einsum of a diagonal": lambda x, y: torch.einsum("aab,ac,bd->cd", x[:, :3], y[:, 0], y[0, :, 1:].new_ones(5, 2)),
+    "cosine_similarity": lambda x, y: F.cosine_similarity(x, y, dim=-1),
+    "cosine_similarity of nothing": lambda x, y: F.cosine_similarity(x * 0, y, dim=0, eps=1e-3),
+    "addcmul": lambda x, y: torch.addcmul(x, y, y, value=-0.5),
+    "addcdiv": lambda x, y: torch.addcdiv(x, y, y.abs() + 1, value=2),
+    "addcmul of wholes": lambda x, y: torch.addcmul(x.long(), y.long(), y.long(), value=2),
+    "mv": lambda x, y: torch.mv(x[0], y[0, 0]),
+    "linalg.matmul": lambda x, y: torch.linalg.matmul(x, y.mT),
+}
+
+
+@pytest.mark.parametrize("compute", OPERATORS.values(), ids=OPERATORS)
+def test_operators_that_are_written_out_compute_the_same(compute: Any) -> None:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return to_aten(gm, example_inputs).forward
+
+    expected, actual = compute(A, B), torch.compile(compute, backend=backend)(A, B)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -260,7 +260,7 @@ def test_random_features_are_no_attention() -> None:
 
 
 def test_a_number_at_some_places_of_an_axis() -> None:
-    hidden = torch.tensor([2, 5])
+    hidden = torch.tensor([2, 5, -1])  # counted from the end
     model: Any = lambda q, k, v: scores(q, k).index_fill(-1, hidden, -float("inf")).softmax(-1) @ v  # noqa: E731
     assert len(found(model, *qkv(2, 4)).matches) == 1
 
