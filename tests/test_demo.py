@@ -38,7 +38,7 @@ class Ran:
     blocks: list[torch.Tensor] = field(default_factory=list)
 
 
-SIZES = lm.Sizes(32, 64, 4, 10.0, 0.1)
+SIZES = lm.Sizes(32, 64, 4, 100.0, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,12 @@ def test_both_parts_of_the_language_model(ran: Ran) -> None:
     json.dumps([part.to_json() for part in ran.parts], allow_nan=False)
     for part in ran.parts:
         assert part.accuracy[0].result == pytest.approx(part.accuracy[0].original, rel=0.05)
+
+
+def test_the_long_prompt_is_one_that_the_search_has_time_for() -> None:
+    sizes = lm.Sizes(2048, 8192, search=300.0)
+    assert [sizes.affordable(seconds).long for seconds in (0.1, 0.7, 3.0)] == [8192, 4096, 2048]
+    assert sizes.affordable(3.0) == lm.Sizes(2048, 2048, search=300.0)
 
 
 def test_what_a_person_sees(ran: Ran) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,26 @@ NAME = {torch.bfloat16: "bf16", torch.float32: "float32"}[DTYPE]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of the short and the long prompt, blocks of calibration, seconds for the search and for one timing."""
+    """Tokens of the short prompt and, at most, of the long one, blocks of calibration, seconds for the search and for one
+    timing.
+    """
 
     short: int = 2048
     long: int = 8192
     blocks: int = 9
-    search: float = 200.0
+    search: float = 300.0
     timing: float = 30.0
 
+    def affordable(self, seconds: float) -> Sizes:
+        """With a long prompt that the search has time for, where a short one takes so many seconds."""
+        long = self.short
+        while 2 * long <= self.long and _PREFILLS * seconds * (2 * long / self.short) <= self.search:
+            long *= 2
+        return dataclasses.replace(self, long=long)
 
+
+_PREFILLS = 200
+"""So many times that of a prefill, the time of a whole search: it also computes losses and gradients."""
 QUICK = Sizes(512, 1024, 9, 15.0, 3.0)
 
 
@@ -43,12 +55,13 @@ def parts(sizes: Sizes, max_drop: float, working: Working) -> Iterator[Part]:
     with working() as advance:
         advance(f"preparing {LM_TITLE}", 0, None)
         ids = tokens()
+    with working() as advance:
+        part = exact_prefill(sizes, ids[:, -sizes.short :], advance)
+    yield part
+    sizes = sizes.affordable(part.timings[0].result / 1000)
     # Blocks of one text: what calibrates comes first, and the last block is seen by nothing but the final measurement.
     blocks = [ids[:, at : at + sizes.long] for at in range(0, ids.shape[1] - sizes.long + 1, sizes.long)]
     fresh = blocks[-1]
-    with working() as advance:
-        part = exact_prefill(sizes, fresh[:, : sizes.short], advance)
-    yield part
     with working() as advance:
         part = long_context(sizes, blocks[: sizes.blocks], fresh, max_drop, advance)
     yield part
