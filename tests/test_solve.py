@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
 from rewriter.tune.solve import Choice, Column, Table, cost_of, effect_of, front, solve
 
@@ -76,3 +80,18 @@ def test_nothing_to_choose() -> None:
 def test_the_unit_of_cost_does_not_matter(unit: float) -> None:
     sites = [Table([Column(unit * 3, [0.0])], [Column(unit * (2 - x), [0.2 * x]) for x in range(2)]) for _ in range(3)]
     assert [choice.columns for choice in solve(sites, 0.45)].count((1,)) == 2
+
+
+def test_what_the_solver_prints_is_not_in_the_output(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chatty(*args: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).puts(b"tmpSolver.run();")
+        os.write(1, b"more")
+        return milp(*args, **options)
+
+    monkeypatch.setattr("rewriter.tune.solve.milp", chatty)
+    print("before")
+    test_heads_differ_where_it_pays()
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"

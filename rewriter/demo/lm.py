@@ -27,7 +27,7 @@ NAME = {torch.bfloat16: "bf16", torch.float32: "float32"}[DTYPE]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of the short prompt and, at most, of the long one, blocks of calibration, seconds for the search and for one
+    """Tokens of the short prompt and, at most, of the long one, blocks of calibration, seconds of search and of one
     timing.
     """
 

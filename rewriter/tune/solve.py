@@ -12,7 +12,11 @@ heads has one of the columns:
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,15 +151,43 @@ def _answer(program: _Program, top: int | None) -> np.ndarray | None:
     integral, upper = np.ones(count), np.ones(count)
     if top is not None:
         integral[top], upper[top] = 0, np.inf
-    result = milp(
-        np.array(program.objective),
-        integrality=integral,
-        bounds=Bounds(np.zeros(count), upper),
-        constraints=LinearConstraint(matrix.tocsr(), program.low, program.high),
-        options={"mip_rel_gap": _GAP, "node_limit": _MOST_NODES},
-    )
+    with _silenced():
+        result = milp(
+            np.array(program.objective),
+            integrality=integral,
+            bounds=Bounds(np.zeros(count), upper),
+            constraints=LinearConstraint(matrix.tocsr(), program.low, program.high),
+            options={"mip_rel_gap": _GAP, "node_limit": _MOST_NODES},
+        )
     found: np.ndarray | None = result.x
     return found
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """HiGHS has lines that it prints whatever it was told, into what may have to be one JSON document."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # a process without an output
+        yield
+        return
+    sys.stdout.flush()
+    _flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        _flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _flush() -> None:
+    """What C code printed, and holds back."""
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
 
 
 def _read(answer: np.ndarray, wholes: list[int], cells: list[list[int]]) -> Choice:
