@@ -20,6 +20,7 @@ of them: a key for each finished block and those of the last one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -108,10 +109,12 @@ class GlobalLocal(nn.Module):
         past = kv_len - query.shape[2]
         mass, groups = counts.clamp(min=1).log()[:, None] + self.mass[:, None], query.shape[1] // key.shape[1]
         mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
-        step, start, out = max(_ROWS // self.block, 1) * self.block, past, []
-        while start < kv_len:
+        step, bounds, out = max(_ROWS // self.block, 1) * self.block, [past], []
+        while bounds[-1] < kv_len:
+            bounds.append(min(bounds[-1] // self.block * self.block + step, kv_len))
+        # The last see the most: what they leave free holds all others, where growing parts would each be new memory.
+        for start, stop in reversed([*itertools.pairwise(bounds)]):
             first = start // self.block * self.block  # of the block, which may begin before the queries
-            stop = min(first + step, kv_len)
             own = slice(first - begin, stop - begin)
             before = (stop - 1) // self.block  # blocks of which some query sees the whole
             i = torch.arange(start, stop, device=query.device)[:, None]
@@ -129,8 +132,7 @@ class GlobalLocal(nn.Module):
                 positional=Full(),
             )
             out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
-            start = stop
-        return torch.cat(out, 1).transpose(1, 2)
+        return torch.cat(out[::-1], 1).transpose(1, 2)
 
 
 class Cache:
