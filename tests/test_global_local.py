@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.kernels.exact import sdpa
 from rewriter.kernels.sparse.global_local import Cache, GlobalLocal
 from rewriter.raising import Operands
 from rewriter.recover import fit
@@ -137,3 +139,17 @@ def test_a_fit_comes_closer_to_the_original() -> None:
     target = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=site.scale, enable_gqa=True)
     before, after = fit(made(site, 8), [(Operands(query, key, value, None, None), target)], steps=60)
     assert after < 0.8 * before
+
+
+def test_the_queries_that_see_the_most_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they leave free holds all others: parts that grow were each new memory to the process."""
+    attend, seen = sdpa.attend, list[int]()
+
+    def watched(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append(key.shape[2])
+        return attend(query, key, *rest, **options)
+
+    monkeypatch.setattr("rewriter.kernels.exact.sdpa.attend", watched)
+    site = replace(SITE, q_len=1100, kv_len=1100)
+    made(site, 4)(*inputs(site, seed=2)[:3], None, None)
+    assert seen == [76 + 1024 // 4 + 18, *(256 + start // 4 + 63 for start in (768, 512, 256, 0))]
