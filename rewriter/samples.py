@@ -280,19 +280,8 @@ FIRST = 4
 BINARY = ("ones", "zeros", "even", "mostly", "even", "rarely", "even", "even")
 """Draws of masks: integers and floats hold 0 and 1."""
 GENERAL = (
-    "ones",
-    "zeros",
-    "longest",
-    "last",
-    "even",
-    "small",
-    "sorted",
-    "counting",
-    "constants",
-    "even",
-    "small",
-    "normal",
-)
+    "ones", "zeros", "longest", "last", "even", "small", "sorted", "counting", "constants", "even", "small", "normal",
+)  # fmt: skip
 """Draws of what may be anything: numbers of segments, lengths, positions, tokens."""
 
 

@@ -104,9 +104,8 @@ def _linear(formula: LinearFormula, site: AttentionSite) -> Kernels:
     return Kernels(
         names=FORWARD + BACKWARD,
         config=LinearBlocks,
-        default=lambda kernel, target: LinearBlocks.of(
-            sizes["dtype"], target
-        ),  # kernels of one call share their chunks
+        # Kernels of one call share their chunks.
+        default=lambda kernel, target: LinearBlocks.of(sizes["dtype"], target),
         triton=lambda blocks: linear_fragments.source(formula, blocks, **sizes),
         cpp=unwritten,
         binary=binary,
