@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 from rewriter.guard import error, tolerance
 from rewriter.raising import Match
@@ -16,6 +18,7 @@ from rewriter.region import Region, Sizes, region_of
 from rewriter.sampled import SampledMatch
 from rewriter.site import Refusal
 
+_ATEN = torch.ops.aten
 _SMALL = (19, 23)
 """Query and key lengths of a shrunk region: different primes, so that no axis is taken for another."""
 _WORTH_SHRINKING = 32
@@ -80,7 +83,7 @@ def _compare(region: Region, sizes: Sizes) -> Refusal | None:
     for name, settings in region.trials.items():
         values = region.values(sizes, proof=True, **settings)
         with torch.no_grad(), torch._C._DisableAutocast():  # which may be on around the call that is being compiled
-            expected = original(*(values[node].clone() for node in match.inputs))
+            expected = _Exact(original).run(*(values[node].clone() for node in match.inputs))
             actual = region.canonical(values, sizes)
         if actual.shape != expected.shape:
             return Refusal(f"proof failed on {name} inputs: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
@@ -90,3 +93,20 @@ def _compare(region: Region, sizes: Sizes) -> Refusal | None:
                 f"proof failed on {name} inputs: the results differ by {difference:.3g} of the largest value"
             )
     return None
+
+
+class _Exact(fx.Interpreter):
+    """Runs a region, and makes NaN of what has lost its digits: nothing can be compared with it.
+
+    That is a quotient by a number below the normal range of its type, as exp(s) / sum(exp(s)) where all s are far below
+    zero: the sum has few digits there, or one.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operator = getattr(target, "overloadpacket", None)
+        divisor = args[1] if operator == _ATEN.div else args[0] if operator == _ATEN.reciprocal else None
+        lost = None
+        if isinstance(divisor, Tensor) and divisor.is_floating_point():
+            lost = divisor.ne(0) & (divisor.abs() < torch.finfo(divisor.dtype).tiny)
+        result = super().call_function(target, args, kwargs)
+        return result if lost is None else result.masked_fill(lost, float("nan"))

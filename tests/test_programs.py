@@ -29,6 +29,23 @@ TRIED = settings(
 @example(Program(masks=(("chunks", "commuted add"), ("padding", "masked_fill -1e9")), width=8, v_width=8))
 @example(Program(masks=(("tril", "masked_fill -1e9"), ("padding", "add"))))
 @example(Program(masks=(("tril", "masked_fill lowest"), ("tril", "add"))))
+@example(
+    Program(  # sums of exponentials that are too small for all of their digits
+        layout="heads first",
+        sharing="grouped",
+        batch=3,
+        kv_heads=1,
+        groups=3,
+        q_len=5,
+        kv_len=5,
+        width=16,
+        v_width=10,
+        scales=(("queries", "times", 0.125), ("queries", "times", 2.0)),
+        biases=("dense",),
+        masks=(("documents", "masked_fill -inf"), ("documents", "masked_fill -inf")),
+        normaliser="exp and sum",
+    )
+)
 def test_programs(program: Program) -> None:
     model, inputs = program.module(), program.inputs()
     detection, run = rewritten(model, *inputs)
