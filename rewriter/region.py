@@ -7,6 +7,7 @@ it as the original implementation beside the candidates.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import singledispatch
@@ -146,7 +147,8 @@ class Region:
             if proof and is_call(node, _ATEN.scaled_dot_product_attention) and self.match.site.dropout_p:
                 kwargs = {n: v for n, v in kwargs.items() if n != "dropout_p"}
                 args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if proof and not any(_is_tensor(source) for source in node.all_input_nodes) and _is_floating(node):
+            is_made = node.target is not operator.getitem and not any(map(_is_tensor, node.all_input_nodes))
+            if proof and is_made and _is_floating(node):
                 kwargs = {**kwargs, "dtype": torch.float64}  # it makes a tensor of the default type
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(copies[self.match.output])
