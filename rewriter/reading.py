@@ -361,7 +361,10 @@ class _Weights(_Carried):
             axis for axis in self.frame
             if set(refined(axis)) & (set(query.atoms) - set(key.atoms) - set(value.atoms)) - set(columns)
         ]  # fmt: skip
-        one_row = scores.lone[query is right] and len(self.frame) > 3
+        mixed = {atom for axis in self.mixed for atom in refined(axis)}
+        # Beside heads that a layer mixes, an axis of one is that of the queries.
+        mixes_last = bool(own) and bool(mixed & set(refined(own[-1]))) and () in self.frame
+        one_row = len(self.frame) > 3 and (scores.lone[query is right] or mixes_last)
         mine = set(query.atoms) - set(key.atoms) - set(value.atoms)
         rows = tuple(atom for atom in refined(own[-1]) if atom in mine) if own and not one_row else ()
         if not rows:  # one query, which a mask makes into several
@@ -394,7 +397,7 @@ class _Weights(_Carried):
         if rows and len(own) > 1 and not one_row:
             alone = [tuple(atom for atom in refined(axis) if atom in mine) for axis in own]
             reading.rows = _rows_of_masks(reading, alone) or rows
-        if any(set(refined(mixed)) & (set(reading.rows) | set(columns)) for mixed in self.mixed):
+        if mixed & {*reading.rows, *columns}:
             return Refusal("a linear layer over the queries or keys of the scores")
         strip(reading)
         drop_shifts(reading)

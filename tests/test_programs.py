@@ -46,6 +46,17 @@ TRIED = settings(
         normaliser="exp and sum",
     )
 )
+@example(  # two heads that a layer mixes, and one query: not two queries
+    Program(
+        layout="heads first",
+        product="multiply and sum",
+        sharing="broadcast",
+        kv_heads=1,
+        groups=2,
+        q_len=1,
+        edit="talking heads before",
+    )
+)
 def test_programs(program: Program) -> None:
     model, inputs = program.module(), program.inputs()
     detection, run = rewritten(model, *inputs)
