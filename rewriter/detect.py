@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,9 +131,11 @@ class _Detector:
         # A router or a classifier: its scores come from a linear layer, and it is none of our business.
         up = self.walk.up(normaliser.scores)
         if isinstance(up, Stop) and (normaliser.kind != "softmax" or not comes_from_product(normaliser.scores)):
-            if normaliser.kind == "softmax" and is_changed(normaliser.scores) and _meets_values(node):
+            if normaliser.kind != "softmax" or not _meets_values(node):
+                return None
+            if is_changed(normaliser.scores):
                 return Refusal("the scores are written in place, piece by piece")
-            return None
+            return up.refusal if up.outside and up.passed else None  # scaled or masked as scores are
         if normaliser.kind != "softmax" and isinstance(up, Product) and up.node in self.outputs:
             return None  # What an attention gives goes through an activation as all layers do.
         down = self.walk.down(node)
@@ -350,24 +353,23 @@ def _factor(reading: Reading) -> str | None:
     return "batch" if atoms else "scalar"
 
 
+_FEW = 12
+"""Steps from weights to their product with the values: padding, casts, dropout, and views into windows and back."""
+
+
 def _meets_values(weights: fx.Node) -> bool:
     """Do these weights reach a product within a few steps? Otherwise they are a classifier's or a router's."""
-    return any(True for _ in _products_below(weights))
-
-
-def _products_below(weights: fx.Node) -> Iterator[fx.Node]:
-    todo = [(weights, 0)]
+    todo, seen = deque([(weights, 0)]), {weights}
     while todo:
-        node, depth = todo.pop()
-        for user in node.users:
-            if user.op == "output":
-                continue
-            contraction = ask("contraction", user)
-            if contraction is not None:
-                if not is_parameter(contraction.left) and not is_parameter(contraction.right):
-                    yield user
-            elif depth < 6:
+        node, depth = todo.popleft()
+        for user in node.users.keys() - seen:
+            seen.add(user)
+            contraction = ask("contraction", user) if user.op != "output" else None
+            if contraction is not None and not is_parameter(contraction.left) and not is_parameter(contraction.right):
+                return True
+            if contraction is None and depth < _FEW:
                 todo.append((user, depth + 1))
+    return False
 
 
 def _hides_exactly(reading: Reading, op: Op, found: MaskReading) -> bool:

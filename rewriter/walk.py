@@ -37,6 +37,8 @@ class Stop:
 
     reason: str
     passed: tuple[str, ...] = ()
+    outside: bool = False
+    """Are the scores an input of this graph, so that nobody can say here whether they are those of an attention?"""
 
     @property
     def refusal(self) -> Refusal:
@@ -66,12 +68,14 @@ class Walk:
         steps = steps_at(node)
         if isinstance(steps, Refusal):
             return Stop(steps.reason)
+        if node.op == "placeholder" and not is_parameter(node):
+            return Stop("the scores are made before this graph, outside or before a break of it", outside=True)
         found: list[Product] = []
         stops = [Stop(f"the reading of the scores stopped at {described(node)}")]
         for step in steps:
             above = self.up(step.source, depth + 1)
             if isinstance(above, Stop):
-                stops.append(Stop(above.reason, (step.name or step.kind, *above.passed)))
+                stops.append(Stop(above.reason, (step.name or step.kind, *above.passed), above.outside))
             else:
                 found.append(Product(above.node, above.contraction, (*above.way, (node, step))))
         if found:

@@ -468,6 +468,41 @@ def test_refusals_name_the_place_the_node_and_the_line(rewrite: Any) -> None:
     assert refusal.endswith(reason), "the best partial match"
 
 
+def test_what_a_graph_break_parts_is_told(rewrite: Any) -> None:
+    class Broken(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
+            scores = q @ k.mT
+            torch._dynamo.graph_break()
+            return ((scores + 0.1).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    result = rewrite(Tower(Block(), Broken()).requires_grad_(False), torch.randn(2, 5, 16))
+    assert paths(result) == ["layers.0"]
+    (refusal,) = result.refusals
+    assert "the scores are made before this graph" in refusal
+
+
+def test_windows_of_weights_that_are_padded_are_told(rewrite: Any) -> None:
+    """Of windows in chunks with overlap, whose scores are copied piece by piece (Beltagy et al. 2020)."""
+
+    class Windows(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (self.split(project(x)) for project in (self.q, self.k, self.v))
+            scores = torch.zeros(*q.shape[:-1], 3)
+            scores[..., 0] = (q * k.roll(1, -2)).sum(-1)
+            scores[..., 1] = (q * k).sum(-1)
+            scores[..., 2] = (q * k.roll(-1, -2)).sum(-1)
+            weights = F.pad(F.dropout(scores.softmax(-1).to(v.dtype), 0.0), (0, 1)).flatten(2)
+            wide = weights.view(*q.shape[:-1], 4)[..., :3].unsqueeze(-2)
+            near = torch.stack((v.roll(1, -2), v, v.roll(-1, -2)), -2)
+            return (wide @ near).squeeze(-2).transpose(1, 2).flatten(2)
+
+    result = rewrite(Tower(Block(), Windows()), torch.randn(2, 5, 16))
+    assert paths(result) == ["layers.0"]
+    (refusal,) = result.refusals
+    assert refusal.startswith("layers.1, test_detect.py:")
+
+
 def test_kept_sites_stand_among_the_others(rewrite: Any) -> None:
     """In the order of the graph, and numbered with them where they share a path."""
 
