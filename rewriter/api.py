@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from rewriter.backend import GraphRewriter, Inner, check_goal, check_variants, inner_compiler
 from rewriter.calibration import batches_from, check_batches
-from rewriter.capture import capture_errors, compiled, exported
+from rewriter.capture import capture_errors, compiled, exported, graph_breaks
 from rewriter.detect import detect
 from rewriter.errors import OptionError
 from rewriter.fingerprint import fingerprint
@@ -192,11 +192,16 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
     if not isinstance(model, nn.Module):
         raise OptionError(f"explain takes a torch.nn.Module or an ExportedProgram, not {type(model).__name__}")
     seen = GraphRewriter(None, names=Names.of(model))
-    with _unchanged(model), torch.no_grad(), capture_errors():
+    with _unchanged(model), torch.no_grad(), capture_errors(), graph_breaks() as breaks:
         compiled(model, seen)(*args, **kwargs)
-    seconds = {**seen.seconds, "whole run": time.perf_counter() - start}
-    sites, sampled = list(seen.sites.values()), list(seen.sampled.values())
-    return Report(sites=sites, sampled=sampled, refusals=seen.refusals, graphs=seen.graphs, seconds=seconds)
+    return Report(
+        sites=list(seen.sites.values()),
+        sampled=list(seen.sampled.values()),
+        refusals=seen.refusals,
+        graphs=seen.graphs,
+        seconds={**seen.seconds, "whole run": time.perf_counter() - start},
+        notes=[f"torch.compile breaks the graph, and what runs between is not seen: {reason}" for reason in breaks],
+    )
 
 
 def apply(

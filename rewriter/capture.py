@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,6 +228,21 @@ def capture_errors() -> Iterator[None]:
             f"torch.compile cannot capture this model ({_first_line(error)}); "
             "run torch.compile(model) by itself to see where, and keep that part out with torch.compiler.disable"
         ) from error
+
+
+@contextmanager
+def graph_breaks() -> Iterator[list[str]]:
+    """Why dynamo cut what is captured inside, each reason once, once that is over."""
+    counted: Counter[str] = torch._dynamo.utils.counters["graph_break"]
+    before, reasons = Counter(counted), list[str]()
+    try:
+        yield reasons
+    finally:
+        for text, times in counted.items():
+            if times > before[text]:
+                first, *others = (line.strip() for line in text.splitlines())
+                said = (line.removeprefix("Explanation:") for line in others if line.startswith("Explanation:"))
+                reasons.append(next(said, first).strip().rstrip("."))
 
 
 def _first_line(error: BaseException) -> str:

@@ -554,6 +554,24 @@ def test_explain_tells_what_was_not_taken() -> None:
         rewriter.optimize(Odd(), example=data())
 
 
+def test_explain_tells_of_what_is_not_captured() -> None:
+    class Ragged(nn.Module):
+        """Each sequence alone, without its empty tokens: in a loop dynamo cannot take up the graph again."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = []
+            for row in x:
+                full = row[torch.nonzero(row[:, 0] > 0).flatten()]
+                pooled.append(((full @ full.mT).softmax(-1) @ full).mean(0))
+            return torch.stack(pooled)
+
+    report = rewriter.explain(Ragged(), data())
+    assert not report.sites
+    (note,) = report.notes
+    assert note.startswith("torch.compile breaks the graph") and "nonzero" in note
+    assert not rewriter.explain(Net(), data()).notes
+
+
 class Beyond(nn.Module):
     """One attention whose scores go through more than scale, mask and softmax."""
 
