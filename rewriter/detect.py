@@ -200,6 +200,11 @@ class _Detector:
             return mask
         adds = {op.kind for op in reading.ops} & {"add", "shift", "keep", "drop"}
         only_mask = mask.exact and mask.mask == mask.mask.positional and mask.bias == "none" and "shift" not in adds
+        edits = list(reading.edits)
+        if {query.dtype, key.dtype, value.dtype} != {dtype}:
+            edits.append("types_differ")
+        if mask.levels and "by_logarithm" in reading.doubts:
+            edits.append("by_logarithm")  # rounding takes the logarithm of their count from such a number
         site = AttentionSite(
             path=path,
             heads=heads,
@@ -220,7 +225,7 @@ class _Detector:
             normaliser=reading.normaliser,
             sink="learned" if reading.sink is not None else "zero" if reading.zero_sink else None,
             factor=_factor(reading),
-            edits=(*reading.edits, *(["types_differ"] if {query.dtype, key.dtype, value.dtype} != {dtype} else [])),
+            edits=tuple(edits),
             observed=mask.facts,
             spelling=reading.spelling,
             source=source_line(reading.output.node),
@@ -243,6 +248,7 @@ class _Detector:
         result = _Masks(structure)
         masks = [op for op in reading.ops if op.kind in ("add", "keep", "drop")]
         blinds = 0
+        hiding, finite = list[MaskReading](), False
         for op in masks:
             for found in self._terms(reading, op):
                 if isinstance(found, Bias):
@@ -256,8 +262,12 @@ class _Detector:
                 result.exact = result.exact and exact
                 result.padding = found.padding if exact and found.padding else result.padding
                 result.observed += [found] if exact and found.observed else []
+                hiding.append(found)
+                finite = finite or op.number != float("-inf")
             blinds += len(masks) > 1 and op.number != float("-inf")
         result.exact = result.exact and not blinds
+        always_sees = len(hiding) == 1 and not hiding[0].blind and hiding[0].mask == hiding[0].mask.positional
+        result.levels = finite and not always_sees
         return result
 
     def _watched(self, found: MaskReading, fill: fx.Node | None) -> MaskReading:
@@ -307,6 +317,8 @@ class _Masks:
     padding: Tokens | None = None
     bias: str = "none"
     exact: bool = True
+    levels: bool = False
+    """May a finite number take the place of all scores of a query?"""
     observed: list[MaskReading] = field(default_factory=list)
     observed_bias: bool = False
 

@@ -57,6 +57,17 @@ TRIED = settings(
         edit="talking heads before",
     )
 )
+@example(  # of a query whose keys are all hidden by one of two masks
+    Program(
+        layout="folded",
+        product="bmm",
+        value_product="bmm",
+        width=8,
+        v_width=8,
+        masks=(("chunks", "masked_fill -inf"), ("padding", "masked_fill -1e9")),
+        normaliser="logsumexp",
+    )
+)
 def test_programs(program: Program) -> None:
     model, inputs = program.module(), program.inputs()
     detection, run = rewritten(model, *inputs)
