@@ -32,7 +32,7 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Progress
 from rewriter.tune.request import Request
 from rewriter.tune.run import tuned, untuned, validated
-from rewriter.tune.search import no_attention
+from rewriter.tune.tuning import no_attention
 from rewriter.verdict import Limits
 
 M = TypeVar("M", bound=nn.Module)

@@ -21,7 +21,7 @@ from rewriter.plan import Plan
 from rewriter.tune import record, whole
 from rewriter.tune.measure import SiteBench
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import Tuning
+from rewriter.tune.tuning import Tuning
 
 LENGTH = 1100
 

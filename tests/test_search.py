@@ -26,8 +26,9 @@ from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench
 from rewriter.tune.record import Record
 from rewriter.tune.rehearsal import rehearsed
-from rewriter.tune.search import MARGIN, MOST_TRIALS, Tuning
+from rewriter.tune.search import MARGIN, MOST_TRIALS, search, tries
 from rewriter.tune.slots import SlotRewriter
+from rewriter.tune.tuning import Tuning
 
 METRIC = Metric(name="made", higher_is_better=False, absolute=True, score=lambda *_: [])
 ORIGINAL = Measurement(METRIC, ((0.0, 1.0),))
@@ -81,8 +82,8 @@ def searched(sites: Sequence[Windows], drop: Callable[[Windowed], float], bound:
     )  # fmt: skip
     tuning.choices = {str(n): choices(str(n), windows) for n, windows in enumerate(sites)}
     asked: Any = Scores(drop)
-    tuning.search(asked, ORIGINAL, bound)
-    best = tuning.tries()[0]
+    search(tuning, asked, ORIGINAL, bound)
+    best = tries(tuning)[0]
     return windowed(tuning.named(best.solution)), best.cost, asked.asked
 
 

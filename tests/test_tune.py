@@ -26,8 +26,8 @@ from rewriter.session import Learned
 from rewriter.tune import deadline, measure, predict, prepare, whole
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.measure import SiteBench, alternate, medians, peak_memory
-from rewriter.tune.search import Tuning
 from rewriter.tune.slots import SlotRewriter, Switches
+from rewriter.tune.tuning import Tuning
 from tests.test_probes import Copying, texts
 
 WIDTH = 16

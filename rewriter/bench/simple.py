@@ -30,8 +30,9 @@ from rewriter.tune.measure import alternate
 from rewriter.tune.prepare import Prepared, prepared
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import MARGIN, Tuning, size_of
+from rewriter.tune.search import MARGIN, search, tries
 from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of
+from rewriter.tune.tuning import Tuning, size_of
 from rewriter.verdict import Limits
 
 _ROUNDS, _SECONDS = 9, 40.0
@@ -105,10 +106,10 @@ def _compared(at: Prepared, loaded: Loaded, bound: float, numbers: Sequence[int]
     reverted, tried_reverting = simple.rank_and_revert()
     progress("one setting", 0, None)
     setting, uniform, tried_settings = simple.one_setting()
-    tuning.search(scores, original, bound)
+    search(tuning, scores, original, bound)
     plans = {
         "exact": ("", simple.exact, 0),
-        "search": ("", tuning.tries()[0].solution, len(tuning.record.trials)),
+        "search": ("", tries(tuning)[0].solution, len(tuning.record.trials)),
         "rank and revert": ("", reverted, tried_reverting),
         "one setting": (setting, uniform, tried_settings),
     }

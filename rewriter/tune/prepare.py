@@ -26,8 +26,8 @@ from rewriter.tune.choices import Workbench
 from rewriter.tune.record import Progress, Record, digest_of
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import Recall, Tuning
 from rewriter.tune.slots import SlotRewriter
+from rewriter.tune.tuning import Recall, Tuning
 from rewriter.tune.whole import SECONDS
 from rewriter.verdict import Check
 

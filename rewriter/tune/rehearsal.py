@@ -21,8 +21,9 @@ from rewriter.tune.choices import Workbench
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.predict import CALLS_A_BATCH, MOST_PLANTED, sampled
 from rewriter.tune.record import Progress, Record
-from rewriter.tune.search import MOST_TRIALS, Tuning
+from rewriter.tune.search import MOST_TRIALS
 from rewriter.tune.slots import SlotRewriter
+from rewriter.tune.tuning import Tuning
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from rewriter.tune.prepare import Prepared, prepared, probe_on
 from rewriter.tune.record import Ledger, Record
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
-from rewriter.tune.search import Tuning, no_attention, size_of
+from rewriter.tune.search import search, tries
+from rewriter.tune.tuning import Tuning, no_attention, size_of
 from rewriter.tune.whole import compared, runs_of, timed, timing_of
 from rewriter.variant import ORIGINAL
 from rewriter.verdict import Verdict, judge
@@ -97,7 +98,7 @@ def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Ses
         record.exhaustive_by_heads = len(search_part) * tuning.changing(by_heads=True)
         if request.max_drop > 0 and any(c.others for c in tuning.choices.values()) and not request.deadline.over():
             tuning.measure_effects(metric, search_part, request.seed)
-            tuning.search(on_search, original, request.max_drop)
+            search(tuning, on_search, original, request.max_drop)
     except KeyboardInterrupt:
         request.deadline.stop()
         notes.append("the search was stopped by hand; this is the best that it had found")
@@ -118,12 +119,12 @@ def _best(
 ) -> tuple[Session, Verdict | None, Timing | None]:
     """The best plan that holds on held-out data and is faster as a whole, in place; else the original."""
     request, tuning, slots, model = at.request, at.tuning, at.tuning.slots, at.tuning.model
-    tries, exact = tuning.tries(), tuning.exact()
+    plans, exact = tries(tuning), tuning.exact()
     reason, tried = "nothing within the bound was faster", 0
     standing: tuple[Session, Verdict] | None = None
     try:
-        for number, plan in enumerate(tries):
-            request.progress("check on held-out data", number, len(tries))
+        for number, plan in enumerate(plans):
+            request.progress("check on held-out data", number, len(plans))
             selector = _selector(tuning, plan, request)
             if not (_changes(selector) or slots.sampled):
                 continue

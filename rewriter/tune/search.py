@@ -8,28 +8,16 @@ data, the prediction is corrected by what was seen, and solved again. Whether a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
-from rewriter import probes
-from rewriter.backend import GraphRewriter
 from rewriter.candidates import WORTH_IT
-from rewriter.errors import CaptureError, NoAttentionError
-from rewriter.guard import Measurement, drop, evaluating
-from rewriter.metrics import Batch, Metric, tensors
-from rewriter.plan import Decision
-from rewriter.tune.assemble import Assembled, Groups, decision_of, distinct, groups_of, implementation_of
-from rewriter.tune.choices import SiteChoices, Workbench
-from rewriter.tune.deadline import Deadline
-from rewriter.tune.predict import Predictor
-from rewriter.tune.record import Ledger, Point, Progress, Record, Trial
+from rewriter.guard import Measurement, drop
+from rewriter.tune.assemble import Assembled
+from rewriter.tune.record import Trial
 from rewriter.tune.scores import Scores
-from rewriter.tune.slots import SlotRewriter, Switches
-from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of, front, solve
+from rewriter.tune.solve import Solution, cost_of, effect_of
+from rewriter.tune.tuning import Tuning
 
 MARGIN = 0.8
 """The part of the bound that the search may use on its data: the rest is not the same data."""
@@ -40,239 +28,126 @@ MOST_TRIALS = _MOST_SOLVED + _MOST_REVERTED
 """Plans that are measured: solutions of the program, and those of the last resort."""
 _WORTH_A_TRIAL = WORTH_IT
 """The search ends where the next plan would cost more than this part of the best one."""
-_MOST_COLUMNS = 20_000
-"""More cells than this, and heads are not told apart."""
-_FRONT = [10 ** (power / 3) for power in range(-6, 7)]
-"""Budgets of the front, in multiples of the bound."""
 
 
-@dataclass(frozen=True)
-class Recall:
-    """What a search may lose of it. `weight` makes of a part of the gain what it is worth of the metric's drop: the one
-    bound over the other.
+def search(tuning: Tuning, scores: Scores, original: Measurement, bound: float) -> None:
+    """Find plans that keep the metric within the bound on the search part, into `tuning.accepted`.
+
+    Ends early where time is over.
     """
+    _Search(tuning, scores, original, MARGIN * bound).run()
 
-    scores: Scores
-    weight: float
 
-    @property
-    def gain(self) -> float:
-        """Nats of the original."""
-        return probes.gain(self.scores.original())
+def tries(tuning: Tuning) -> list[Assembled]:
+    """Plans in the order in which to try them on held-out data, the best first; the exact one is always the last.
 
-    def drop(self, plan: Any) -> float:
-        """What a plan, which the model runs now, loses, in the metric's drop."""
-        lost = probes.judged(self.scores.original(), self.scores.of(plan), math.inf).drop
-        return 0.0 if lost is None else self.weight * lost
+    At most two before it: each look at held-out data costs confidence.
+    """
+    exact = tuning.exact()
+    best = min(tuning.accepted, key=lambda each: each.cost, default=exact)
+    if best.solution == exact.solution:
+        return [exact]
+    gentler = tuning.solved(tuning.assembled(best.solution).predicted / 3)
+    found = [best]
+    if gentler.solution not in (best.solution, exact.solution) and gentler.cost < exact.cost * _WORTH_A_TRIAL:
+        found.append(gentler)
+    return [*found, exact]
 
 
 @dataclass
-class Tuning:
-    """The state of one search on one model, whose calls run through slots while it lasts."""
+class _Search:
+    """`original` is what the metric says of the model as it was, and `margin` what may be lost of that."""
 
-    model: nn.Module
-    slots: SlotRewriter
-    goal: str
-    workbench: Workbench
-    deadline: Deadline
-    progress: Progress
-    record: Record
-    about: Sequence[Any] = ()
-    choices: dict[str, SiteChoices] = field(default_factory=dict)
-    scale: float = 1.0
-    """Measured drop over predicted drop, of the last plan that was tried, at the end of the best."""
-    recall: Recall | None = None
-    accepted: list[Assembled] = field(default_factory=list)
-    """Plans that kept the metric within the bound on the search part."""
+    tuning: Tuning
+    scores: Scores
+    original: Measurement
+    margin: float
+    failed: list[Assembled] = field(default_factory=list)
 
     @property
-    def switches(self) -> Switches:
-        """What the slots do."""
-        return self.slots.switches
+    def accepted(self) -> list[Assembled]:
+        return self.tuning.accepted
 
     @property
-    def largest(self) -> bool:
-        """Does the largest site count, instead of the sum?"""
-        return self.goal == "memory"
+    def best(self) -> Assembled:
+        return min(self.accepted, key=lambda each: each.cost)
 
-    def changing(self, *, by_heads: bool = False) -> int:
-        """How many (site, candidate) pairs change the result; or (head, candidate) pairs, where heads may differ."""
-        return sum(
-            choices.site.kv_heads if by_heads and choices.split is not None and not each.together(choices.site) else 1
-            for choices in self.choices.values()
-            for each in choices.measured
-            if not each.exact
-        )
+    def predicted(self, plan: Assembled) -> float:
+        """Its drop, by what is known now."""
+        return self.tuning.assembled(plan.solution).predicted
 
-    def capture(self, batches: Sequence[Batch]) -> None:
-        """Run every kind of batch once, so that all graphs exist and each site is known at its largest size.
+    def is_late(self) -> bool:
+        return self.tuning.deadline.over(self.tuning.reserve(self.scores))
 
-        The largest goes first: a later one may run in a graph that was captured for any size, and is not seen.
-        """
-        with evaluating(self.model):
-            kinds = {kind_of(batch): batch for batch in sorted(batches, key=size_of)}
-            for number, batch in enumerate(reversed(kinds.values())):
-                self.progress("capture", number, len(kinds))
-                self.model(*batch.args, **batch.kwargs)
-                if number == 0 and not self.slots.replaceable:
-                    raise no_attention(self.slots)
-
-    def measure_sites(self) -> None:
-        """Time the candidates of every site; equal sites once."""
-        for number, (path, region) in enumerate(self.slots.regions.items()):
-            self.progress("measure sites", number, len(self.slots.regions))
-            self.choices[path] = self.workbench.choices(region, self.deadline.left / 4)
-        self.record.pairs = sum(len(choices.measured) for choices in self.choices.values())
-
-    def measure_effects(self, metric: Metric, batches: Sequence[Batch], seed: int) -> None:
-        """The local error of what is not exact, and its predicted effect on the metric, and on recall."""
-        predictor = self.predictor()
-        predictor.run(metric, batches, seed)
-        if self.recall is not None and (gain := self.recall.gain) > 0:
-            predictor.recall(self.recall.scores.batches[::2], self.recall.weight / gain)
-
-    def predictor(self) -> Predictor:
-        """What predicts the effects of the choices as they are now."""
-        return Predictor(
-            self.model, self.switches, self.choices, self.deadline, self.progress, self.record,
-            Ledger(self.about, self.workbench.fresh),
-        )  # fmt: skip
-
-    # --- plans -------------------------------------------------------------------------------------------------------
-
-    def tables(self) -> list[Table]:
-        """What the solver chooses from, with effects as they are predicted now."""
-        cells = sum(c.site.kv_heads * len(c.columns) for c in self.choices.values())
-        return [choices.table(self.scale, by_heads=cells <= _MOST_COLUMNS) for choices in self.choices.values()]
-
-    def exact(self) -> Assembled:
-        """The cheapest plan that changes nothing. What is predicted to have no effect is in the others."""
-        tables = self.tables()
-        found = [
-            Choice(0) if choices.base is None else Choice(None, (0,) * table.groups)
-            for choices, table in zip(self.choices.values(), tables, strict=True)
-        ]
-        return self.assembled(tuple(found), tables)
-
-    def solved(self, budget: float) -> Assembled:
-        """The cheapest plan whose predicted drop is within a budget."""
-        tables = self.tables()
-        return self.assembled(solve(tables, budget, largest=self.largest), tables)
-
-    def assembled(self, solution: Solution, tables: Sequence[Table] | None = None) -> Assembled:
-        """A solution with its cost and its drop as predicted now."""
-        pairs = list(zip(self.tables() if tables is None else tables, solution, strict=True))
-        costs = [cost_of(*pair) for pair in pairs]
-        return Assembled(
-            solution,
-            (max if self.largest else sum)(costs) if costs else 0.0,
-            sum(effect_of(*pair) for pair in pairs),
-        )
-
-    def standing(self, solution: Solution) -> Iterator[tuple[SiteChoices, Groups]]:
-        """For each site the groups of heads and what they run; no groups where the original code stays."""
-        for choices, table, choice in zip(self.choices.values(), self.tables(), solution, strict=True):
-            yield choices, groups_of(choices, table, choice)
-
-    def place(self, solution: Solution) -> None:
-        """Switch every slot to what a solution chooses."""
-        self.switches.active = {
-            choices.site.path: implementation_of(choices.site, groups)
-            for choices, groups in self.standing(solution)
-            if groups
-        }
-
-    def named(self, solution: Solution) -> dict[str, Any]:
-        """The solution in plain values."""
-        return {
-            choices.site.path: [[list(heads), c.variant.name, dict(c.config)] for heads, c in groups]
-            for choices, groups in self.standing(solution)
-            if groups
-        }
-
-    def inexact(self, solution: Solution) -> bool:
-        """Does anything in it change the result?"""
-        return any(not c.exact for _, groups in self.standing(solution) for _, c in groups)
-
-    # --- search ------------------------------------------------------------------------------------------------------
-
-    def search(self, scores: Scores, original: Measurement, bound: float) -> None:
-        """Find plans that keep the metric within the bound on the search part, into `accepted`.
-
-        Ends early where time is over.
-        """
-        accepted, failed = self.accepted, list[Assembled]()
-        accepted.append(self.exact())
-        margin = MARGIN * bound
-        budget = margin
-        while len(accepted) + len(failed) <= _MOST_SOLVED:
-            plan = self.solved(budget)
-            best = min(accepted, key=lambda each: each.cost)
-            if plan.solution in {each.solution for each in accepted + failed}:
+    def run(self) -> None:
+        self.accepted.append(self.tuning.exact())
+        budget = self.margin
+        while len(self.accepted) + len(self.failed) <= _MOST_SOLVED:
+            plan = self.tuning.solved(budget)
+            if plan.solution in {each.solution for each in self.accepted + self.failed}:
                 break
-            if plan.cost > _WORTH_A_TRIAL * best.cost or self.deadline.over(self._reserve(scores)):
+            if plan.cost > _WORTH_A_TRIAL * self.best.cost or self.is_late():
                 break
-            plan = self._tried(plan, scores, original, margin)
+            plan = self.tried(plan)
             assert plan.measured is not None
-            (accepted if plan.measured <= margin else failed).append(plan)
-            if _CLOSE * margin <= plan.measured <= margin:
+            (self.accepted if plan.measured <= self.margin else self.failed).append(plan)
+            if _CLOSE * self.margin <= plan.measured <= self.margin:
                 break
-            budget = self._next_budget(accepted, failed, margin)
-        best = min(accepted, key=lambda each: each.cost)
+            budget = self.next_budget()
+        best = self.best
         if best.measured is not None:
-            self._correct(self.assembled(best.solution).predicted, best.measured)
+            self.correct(self.predicted(best), best.measured)
         # By what is known of the best one these should have held: their sites do not add up.
         hoped = [
             each
-            for each in failed
+            for each in self.failed
             if each.cost <= _WORTH_A_TRIAL * best.cost
-            and (best.measured is None or self.assembled(each.solution).predicted <= margin)
+            and (best.measured is None or self.predicted(each) <= self.margin)
         ]
         if hoped:
-            for plan in self._reverted(min(hoped, key=lambda each: each.cost), best, scores, original, margin):
-                accepted.append(plan)  # one by one: a search that is stopped keeps what it has
+            for plan in self.reverted(min(hoped, key=lambda each: each.cost), best):
+                self.accepted.append(plan)  # one by one: a search that is stopped keeps what it has
 
-    def _tried(self, plan: Assembled, scores: Scores, original: Measurement, margin: float) -> Assembled:
+    def tried(self, plan: Assembled) -> Assembled:
         """Assemble and measure a plan, and correct the prediction by what is seen."""
-        self.progress("search", len(self.record.trials), MOST_TRIALS)
-        self.place(plan.solution)
+        tuning, original = self.tuning, self.original
+        tuning.progress("search", len(tuning.record.trials), MOST_TRIALS)
+        tuning.place(plan.solution)
 
         def lost(part: Measurement) -> bool:
             """Is it beyond the margin even if the rest is as good as the original?"""
             rest = original.samples[len(part.samples) :]
-            return drop(part.metric, original, Measurement(part.metric, (*part.samples, *rest))) > margin
+            return drop(part.metric, original, Measurement(part.metric, (*part.samples, *rest))) > self.margin
 
-        found = scores.of(self.named(plan.solution), lost)
+        found = self.scores.of(tuning.named(plan.solution), lost)
         measured = math.inf
         if found is not None:
             measured = drop(found.metric, Measurement(found.metric, original.samples[: len(found.samples)]), found)
-        if self.recall is not None and measured <= margin:
-            measured = max(measured, self.recall.drop(self.named(plan.solution)))
-        self.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= margin))
-        self._correct(plan.predicted, measured)
+        if tuning.recall is not None and measured <= self.margin:
+            measured = max(measured, tuning.recall.drop(tuning.named(plan.solution)))
+        tuning.record.trials.append(Trial(plan.cost, plan.predicted, measured, measured <= self.margin))
+        self.correct(plan.predicted, measured)
         return Assembled(plan.solution, plan.cost, plan.predicted, measured)
 
-    def _correct(self, predicted: float, measured: float) -> None:
+    def correct(self, predicted: float, measured: float) -> None:
         """What is better than the original says little of how errors add up, as does what crashed."""
         if predicted > 0:
-            self.scale *= min(max(measured / predicted, 1 / 16), 16.0)
+            self.tuning.scale *= min(max(measured / predicted, 1 / 16), 16.0)
 
-    def _next_budget(self, accepted: Sequence[Assembled], failed: Sequence[Assembled], margin: float) -> float:
+    def next_budget(self) -> float:
         """The margin as it is predicted now, between the plans that were tried."""
-        low = max(self.assembled(each.solution).predicted for each in accepted)
-        high = min((self.assembled(each.solution).predicted for each in failed), default=math.inf)
-        if low < margin < high:
-            return margin
-        return math.sqrt(max(low, high / 16) * high) if high < math.inf else 4 * max(low, margin)
+        low = max(map(self.predicted, self.accepted))
+        high = min(map(self.predicted, self.failed), default=math.inf)
+        if low < self.margin < high:
+            return self.margin
+        return math.sqrt(max(low, high / 16) * high) if high < math.inf else 4 * max(low, self.margin)
 
-    def _reverted(
-        self, plan: Assembled, base: Assembled, scores: Scores, original: Measurement, margin: float
-    ) -> Iterator[Assembled]:
+    def reverted(self, plan: Assembled, base: Assembled) -> Iterator[Assembled]:
         """The last resort, where sites do not add up: as much of a plan that failed as holds beside `base`, which does.
         Sites are ranked by the accuracy that they are predicted to cost for what they gain. The first that is one too
         many, which bisection finds, is reverted, and the rest is tried without it.
         """
-        tables, stands = self.tables(), base.solution
+        tables, stands = self.tuning.tables(), base.solution
         gains = [
             cost_of(table, before) - cost_of(table, after)
             for table, before, after in zip(tables, base.solution, plan.solution, strict=True)
@@ -289,110 +164,12 @@ class Tuning:
             if fails - holds == 1:
                 stands, left = taken(holds), left[holds + 1 :]
                 holds, fails = 0, len(left) + 1  # of the rest nothing is known
-            if not left or self.deadline.over(self._reserve(scores)):
+            if not left or self.is_late():
                 return
             count = len(left) if fails > len(left) else (holds + fails) // 2
-            tried = self._tried(self.assembled(taken(count)), scores, original, margin)
-            if tried.measured is not None and tried.measured <= margin:
+            tried = self.tried(self.tuning.assembled(taken(count)))
+            if tried.measured is not None and tried.measured <= self.margin:
                 yield tried
                 holds = count
             else:
                 fails = count
-
-    def tries(self) -> list[Assembled]:
-        """Plans in the order in which to try them on held-out data, the best first; the exact one is always the last.
-
-        At most two before it: each look at held-out data costs confidence.
-        """
-        exact = self.exact()
-        best = min(self.accepted, key=lambda each: each.cost, default=exact)
-        if best.solution == exact.solution:
-            return [exact]
-        gentler = self.solved(self.assembled(best.solution).predicted / 3)
-        tries = [best]
-        if gentler.solution not in (best.solution, exact.solution) and gentler.cost < exact.cost * _WORTH_A_TRIAL:
-            tries.append(gentler)
-        return [*tries, exact]
-
-    def _reserve(self, scores: Scores) -> float:
-        """Seconds that a further trial and what comes after the search will take."""
-        planted = self.recall.scores.batches if self.recall is not None else ()
-        return 3 * scores.seconds_a_batch * (len(scores.batches) + len(planted))
-
-    def draw_front(self, bound: float, chosen: Solution, scores: Scores | None, original: Measurement | None) -> None:
-        """The cheapest plans of rising budgets, and the chosen one; measured where `scores` are given."""
-        tables = self.tables()
-        budgets = [0.0, *(bound * factor for factor in _FRONT)]
-        solutions = [*front(tables, budgets, largest=self.largest)]
-        for solution in solutions if chosen in solutions else [*solutions, chosen]:
-            plan = self.assembled(solution, tables)
-            measured = None
-            if scores is not None and original is not None and not self.deadline.over(self._reserve(scores)):
-                self.progress("measure the front", len(self.record.front), len(solutions))
-                self.place(solution)
-                found = scores.of(self.named(solution))
-                measured = drop(scores.metric, original, found) if found is not None else None
-            self.record.front.append(Point(plan.cost, plan.predicted, measured, solution == chosen))
-        self.record.front.sort(key=lambda point: point.cost)
-
-    # --- the result --------------------------------------------------------------------------------------------------
-
-    def decisions(self, solution: Solution) -> list[Decision]:
-        """The plan of a solution."""
-        unit = "bytes" if self.goal == "memory" else "ms"
-        costs = [cost_of(*pair) for pair in zip(self.tables(), solution, strict=True)]
-        return [
-            decision_of(choices, groups, cost, unit, self._lengths(choices, groups))
-            for (choices, groups), cost in zip(self.standing(solution), costs, strict=True)
-        ]
-
-    def _lengths(self, choices: SiteChoices, groups: Groups) -> tuple[int, int] | None:
-        """The keys for which this was measured to be right and worth it; exact choices are right for all."""
-        changed = [candidate for _, candidate in groups if not candidate.exact]
-        if not changed:
-            return None
-        most = choices.region.lengths[1]
-        if self.goal == "memory" or self.deadline.over():
-            return 1, most
-        return max(self.workbench.shortest(choices, candidate) for candidate in distinct(changed)), most
-
-    def modules(self, solution: Solution) -> dict[str, nn.Module]:
-        """The fitted modules that a solution uses, by path."""
-        return {
-            choices.site.path: candidate.implementation
-            for choices, groups in self.standing(solution)
-            for _, candidate in groups
-            if candidate.variant.fidelity == "learned" and isinstance(candidate.implementation, nn.Module)
-        }
-
-
-def kind_of(batch: Batch) -> str:
-    """Equal for batches that run in the same graph: their form with shapes and types in place of the tensors."""
-    return repr(
-        tree_map(lambda v: (v.dtype, v.shape) if isinstance(v, Tensor) else v, (batch.args, dict(batch.kwargs)))
-    )
-
-
-def size_of(batch: Batch) -> int:
-    """How many numbers it holds."""
-    return sum(tensor.numel() for tensor in tensors((batch.args, batch.kwargs)))
-
-
-def no_attention(seen: GraphRewriter) -> CaptureError | NoAttentionError:
-    """The error for a model without attention, with the nearest miss; or one that torch.compile sees nothing of."""
-    if not seen.graphs:
-        return CaptureError(
-            "torch.compile captures nothing of this model, which is TorchScript, kept out by torch.compiler.disable, "
-            "or computes nothing; give the module as it was written"
-        )
-    if seen.sites:
-        kept = next(iter(seen.sites.values()))
-        return NoAttentionError(
-            f"no attention in this model can be replaced; the one at {kept.path or '<root>'} is recognised and stays "
-            f"as it is ({', '.join(kept.edits)}); see rewriter.explain"
-        )
-    if seen.refusals:
-        return NoAttentionError(
-            f"no attention in this model could be taken; the nearest was {seen.refusals[0]}; see rewriter.explain"
-        )
-    return NoAttentionError("there is no attention in this model, so there is nothing to rewrite")
