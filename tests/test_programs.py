@@ -76,9 +76,9 @@ def test_programs(program: Program) -> None:
     (site,) = detection.sites
     note(f"found: {site}")
     facts = program.site_facts()
-    if program.normaliser == "logsumexp" and site.edits == ("by_logarithm",):
+    if program.normaliser == "logsumexp" and "by_logarithm" in site.edits and "edits" in facts:
         # Of a row that a finite number hides, exp(s - logsumexp(s)) is 1 everywhere: another function than a softmax.
-        facts.pop("edits", None)
+        facts["edits"] = (*facts["edits"], "by_logarithm")
     for name, fact in facts.items():
         assert getattr(site, name) == (pytest.approx(fact) if isinstance(fact, float) else fact), name
     assert program.mask_is_right(site.mask), site.mask
