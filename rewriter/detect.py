@@ -128,7 +128,7 @@ class _Detector:
                 return None
             if is_changed(normaliser.scores):
                 return Refusal("the scores are written in place, piece by piece")
-            return up.refusal if up.outside and up.passed else None  # scaled or masked as scores are
+            return up.refusal if up.outside and _AS_SCORES.intersection(up.passed) else None
         if normaliser.kind != "softmax" and isinstance(up, Product) and up.node in self.outputs:
             return None  # What an attention gives goes through an activation as all layers do.
         down = self.walk.down(node)
@@ -176,6 +176,8 @@ def _kept(match: Match, edits: list[str]) -> Match:
     return dataclasses.replace(match, site=site)
 
 
+_AS_SCORES = {"scale", "shift", "mul", "div", "add", "keep", "drop", "cap"}
+"""What is done to scores, and to little else, on the way to a softmax."""
 _FEW = 12
 """Steps from weights to their product with the values: padding, casts, dropout, and views into windows and back."""
 
