@@ -102,6 +102,7 @@ class Describer:
         blinds = 0
         hiding, finite = list[MaskReading](), False
         for op in masks:
+            level = op.number != float("-inf")
             for found in self._terms(reading, op):
                 if isinstance(found, Bias):
                     result.bias = max(result.bias, found.kind, key=BIASES.index)
@@ -115,8 +116,8 @@ class Describer:
                 result.padding = found.padding if exact and found.padding else result.padding
                 result.observed += [found] if exact and found.observed else []
                 hiding.append(found)
-                finite = finite or op.number != float("-inf")
-            blinds += len(masks) > 1 and op.number != float("-inf")
+                finite = finite or level
+            blinds += len(masks) > 1 and level
         result.exact = result.exact and not blinds
         always_sees = len(hiding) == 1 and not hiding[0].blind and hiding[0].mask == hiding[0].mask.positional
         result.levels = finite and not always_sees

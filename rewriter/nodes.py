@@ -33,11 +33,16 @@ _FILLED = (
 _HARMLESS = (_ATEN.detach_.default, _ATEN.requires_grad_.default)
 
 
+def packet_of(target: Any) -> Any:
+    """The operator that a target of a call is one overload of; None where it is none."""
+    return getattr(target, "overloadpacket", None)
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Is this a call of one of these operators (packets match all their overloads)?"""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node.target)
     return any(node.target is target or packet is target for target in targets)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriter.guard import error, tolerance
+from rewriter.nodes import packet_of
 from rewriter.raising import Match
 from rewriter.region import Region, Sizes, region_of
 from rewriter.sampled import SampledMatch
@@ -103,7 +104,7 @@ class _Exact(fx.Interpreter):
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operator = getattr(target, "overloadpacket", None)
+        operator = packet_of(target)
         divisor = args[1] if operator == _ATEN.div else args[0] if operator == _ATEN.reciprocal else None
         lost = None
         if isinstance(divisor, Tensor) and divisor.is_floating_point():

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from rewriter.axes import Size, shape_of, size_of
-from rewriter.nodes import argument, is_call, is_parameter
+from rewriter.nodes import argument, is_call, is_parameter, packet_of
 from rewriter.pieces import (
     Axis,
     Known,
@@ -321,7 +321,7 @@ def item(node: fx.Node, known: Known) -> Layout | None:
     if not isinstance(source, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     whole = source.args[0] if source.args else None
-    target = getattr(source.target, "overloadpacket", None)
+    target = packet_of(source.target)
     if target is _ATEN.meshgrid:
         return tuple(new(size, "grid") for size in shape_of(node))
     if not isinstance(whole, fx.Node) or whole not in known or not isinstance(index, int):
@@ -361,7 +361,7 @@ _NAMED: dict[str, _Rule] = {
 @cache
 def rule_of(target: Any) -> _Rule:
     """What is done at calls of this operator."""
-    packet = getattr(target, "overloadpacket", None)
+    packet = packet_of(target)
     if packet is None or getattr(target, "namespace", "") != "aten":
         return _unknown
     named = _NAMED.get(packet.__name__)
