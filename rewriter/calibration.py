@@ -112,14 +112,15 @@ def with_rows(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
 
     The last row of one batch is computed alone: where tokens come first, or rows see each other, it differs.
     """
-    sizes = [_leading(batch) for batch in batches]
+    sizes = [leading(batch) for batch in batches]
     index = next((i for i, size in enumerate(sizes) if size > 1), None)
     if index is None or not _independent(model, batches[index], sizes[index]):
         return list(batches)
     return [dataclasses.replace(batch, rows=size) for batch, size in zip(batches, sizes, strict=True)]
 
 
-def _leading(batch: Batch) -> int:
+def leading(batch: Batch) -> int:
+    """How many rows it may have: what all of its tensors begin with, 1 where they differ."""
     sizes = {t.shape[0] for t in tensors((batch.args, batch.kwargs)) if t.ndim > 1}
     return sizes.pop() if len(sizes) == 1 else 1
 

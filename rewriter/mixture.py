@@ -88,3 +88,19 @@ class ByLength:
             self.outside.calls += 1
             self.outside.keys = int(key.shape[2])
         return self.otherwise(query, key, value, mask, padding, *sink)
+
+
+class UpTo:
+    """One implementation for calls with up to `most` keys, and another for longer ones."""
+
+    def __init__(self, most: int, shorter: Implementation, longer: Implementation) -> None:
+        self.most = most
+        self.shorter: Callable[..., Tensor] = shorter
+        self.longer: Callable[..., Tensor] = longer
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+    ) -> Tensor:
+        """(B, H, Sq, Dv)."""
+        implementation = self.shorter if key.shape[2] <= self.most else self.longer
+        return implementation(query, key, value, mask, padding, *sink)

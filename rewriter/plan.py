@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,7 +73,8 @@ class Decision:
     evidence   plain numbers, such as original_ms; those that are not finite are left out of the file
     refused    a sentence for each variant that was not taken
     heads      what each group of heads runs where they differ: every key/value head once
-    lengths    (least, most) keys of the calls that the decision is for, None for all; others run `otherwise`
+    lengths    (least, most) keys of the calls that the decision is for, None for all; others run `otherwise`, but for
+               those that another decision on this path is for
     otherwise  an exact variant, or the original
     tried      all that was measured here
     """
@@ -89,6 +91,11 @@ class Decision:
     lengths: tuple[int, int] | None = None
     otherwise: str = "original"
     tried: tuple[Tried, ...] = ()
+
+    @property
+    def most(self) -> float:
+        """Keys of the longest call that it is for."""
+        return math.inf if self.lengths is None else self.lengths[1]
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -189,8 +196,29 @@ class Plan:
         return max((d.fidelity for d in self.decisions), key=FIDELITIES.index, default="exact")
 
     def decision_for(self, path: str) -> Decision | None:
-        """The decision on the site at this module path."""
-        return next((d for d in self.decisions if d.path == path), None)
+        """The decision on the site at this module path; where there are several, that for the longest calls."""
+        return max((d for d in self.decisions if d.path == path), key=lambda d: d.most, default=None)
+
+    @property
+    def by_length(self) -> frozenset[str]:
+        """The paths on which short calls and long ones have decisions of their own."""
+        return frozenset(path for path, count in Counter(d.path for d in self.decisions).items() if count > 1)
+
+    def keys_of(self, decision: Decision) -> str:
+        """How many keys its calls have, in words; "" where no other decision is on its path."""
+        if decision.path not in self.by_length:
+            return ""
+        return "longer" if decision.lengths is None else f"{decision.lengths[0]:,} to {decision.lengths[1]:,} keys"
+
+    def place(self, decision: Decision) -> str:
+        """The path of a decision in words, with its lengths where others are decided on their own."""
+        keys = self.keys_of(decision)
+        return f"{decision.path or '<root>'}{f' ({keys})' if keys else ''}"
+
+    @property
+    def sites(self) -> int:
+        """How many sites it decides on."""
+        return len({d.path for d in self.decisions})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without `state`."""
@@ -214,11 +242,11 @@ class Plan:
         return read(path)
 
     def __str__(self) -> str:
-        lines = [f"plan for {self.goal}, {self.fidelity}, {len(self.decisions)} sites, made {self.created}"]
+        lines = [f"plan for {self.goal}, {self.fidelity}, {self.sites} sites, made {self.created}"]
         rows = []
         for d in self.decisions:
             what = "; ".join(f"heads {named_heads(g.heads)}: {called(g.variant, g.config)}" for g in d.heads)
-            rows.append((d.path or "<root>", what or called(d.variant, d.config), d.fidelity, d.reason))
+            rows.append((self.place(d), what or called(d.variant, d.config), d.fidelity, d.reason))
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         for row in rows:
             lines.append("  ".join((*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3])))

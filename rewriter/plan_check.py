@@ -11,6 +11,7 @@ from torch import nn
 from rewriter.errors import OptionError, PlanError
 from rewriter.fingerprint import differences, fingerprint
 from rewriter.plan import FIDELITIES, GOALS, Decision, HeadGroup, Plan, decided, module_name
+from rewriter.planfile import check_told_apart
 from rewriter.settings import known_settings, wrong_setting
 from rewriter.site import AttentionSite
 from rewriter.target import Target
@@ -50,6 +51,10 @@ def read_plan(plan: Plan | str | os.PathLike[str]) -> Plan:
             raise PlanError(f"the plan has no parameters for {decision.variant} at {decision.path}; tune again")
     for decision in {(d.site, d.variant, str(d.config), str(d.heads)): d for d in plan.decisions}.values():
         _check_settings(decision)
+    for path in plan.by_length:
+        if any(d.fidelity == "learned" for d in plan.decisions if d.path == path):
+            raise PlanError(f"the plan has a learned variant at {path or '<root>'} for some lengths only; tune again")
+    check_told_apart(plan.decisions)
     return plan
 
 

@@ -6,10 +6,11 @@ The parameters of learned variants stand beside the JSON in a safetensors file o
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,17 @@ def read(path: str | os.PathLike[str]) -> Plan:
         return _read(raw, file.parent)
     except PlanError as cause:
         raise PlanError(f"the plan {file} is damaged or foreign: {cause}") from None
+
+
+def check_told_apart(decisions: Sequence[Decision]) -> None:
+    """Raises PlanError where two of them on one path are for calls of one length."""
+    by_path: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        by_path.setdefault(decision.path, []).append(decision)
+    for path, own in by_path.items():
+        ranges = sorted(d.lengths for d in own if d.lengths is not None)
+        if len(own) - len(ranges) > 1 or any(b[0] <= a[1] for a, b in itertools.pairwise(ranges)):
+            raise PlanError(f"it decides more than once on {path or '<root>'} for calls of one length; keep one")
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -131,9 +143,7 @@ def _read(raw: Any, folder: Path) -> Plan:
         )
     listed = _take(raw, "decisions", list, "the plan")
     decisions = tuple(_decision(each, f"decision {index}") for index, each in enumerate(listed))
-    paths = [d.path for d in decisions]
-    if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
-        raise PlanError(f"it decides more than once on {twice[0]!r}; keep one")
+    check_told_apart(decisions)
     model = _take(raw, "model", dict, "the plan")
     for name in ("structure", "weights"):
         _take(model, name, str, "model")

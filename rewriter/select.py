@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewriter import debug
 from rewriter.errors import PlanError, brief
 from rewriter.exact import decide_exact, doubt_of
-from rewriter.mixture import ByHeads, ByLength, Outside, of_heads
+from rewriter.mixture import ByHeads, ByLength, Outside, UpTo, of_heads
 from rewriter.plan import Decision, HeadGroup, Plan, module_name, own_version
 from rewriter.plan_check import variant_named
 from rewriter.raising import Match
@@ -27,6 +27,7 @@ class Selector:
     """Chooses for the sites of one model.
 
     decisions     by path; filled in for unknown sites when `decide_unknown`
+    shorter       by path those for calls of fewer keys, the longest first; each is for up to its `lengths[1]` keys
     modules       the learned implementations by path
     state         their parameters, from a plan, as `<path, dots as __>.<parameter>`
     notes         sentences about sites that run something else than what the plan says
@@ -43,6 +44,7 @@ class Selector:
     notes: list[str] = field(default_factory=list)
     outside: dict[str, Outside] = field(default_factory=dict)
     doubted: bool = False
+    shorter: dict[str, list[Decision]] = field(default_factory=dict)
     _checked: dict[object, str] = field(default_factory=dict)
 
     @staticmethod
@@ -50,11 +52,16 @@ class Selector:
         """Takes what the plan says. Made on this machine with these versions, nothing is measured; else each kind of
         site is looked at once, whether what the plan says is right and worth it here too.
         """
-        decisions = {decision.path: decision for decision in plan.decisions}
+        by_path: dict[str, list[Decision]] = {}
+        for decision in plan.decisions:
+            by_path.setdefault(decision.path, []).append(decision)
+        ordered = {path: sorted(own, key=lambda d: d.most, reverse=True) for path, own in by_path.items()}
+        decisions = {path: own[0] for path, own in ordered.items()}
         here = Target.current(str(plan.target.get("device", "cpu"))).to_json()
         changed = [name for name, value in here.items() if plan.target.get(name) != value]
         changed += ["rewriter"] if plan.rewriter != own_version() else []
         made = Selector(decisions, decide_unknown=False, goal=plan.goal, state=plan.state, doubted=bool(changed))
+        made.shorter = {path: own[1:] for path, own in ordered.items() if own[1:]}
         if changed:
             made.note(f"the plan was made elsewhere ({', '.join(changed)} differ), so its decisions were timed again")
         return made
@@ -70,6 +77,20 @@ class Selector:
             found = decide_exact(match, self.goal, self.allowed)
             if decision is None or found.variant != ORIGINAL:
                 decision = self.decisions[site.path] = found
+        shorter = [d for d in self.shorter.get(site.path, ()) if site.kv_len is None or site.kv_len <= d.most]
+        if shorter and site.kv_len is not None:
+            return self._standing(match, shorter[-1])
+        standing = self._standing(match, decision)
+        for each in shorter:
+            own = self._standing(match, each)
+            if standing is not None or own is not None:
+                original = variant_named(ORIGINAL).build(site, {})
+                standing = UpTo(int(each.most), own or original, standing or original)
+        return standing
+
+    def _standing(self, match: Match | SampledMatch, decision: Decision) -> Implementation | None:
+        """What a decision for this site comes to in this call; None for the original code."""
+        site = match.site
         debug.say(1, f"{site.path}: {decision.variant} ({decision.reason})")
         standing = self.implementation(site, decision)
         if standing is not None and self.doubted and (doubt := self._doubt(match, decision, standing)):
@@ -139,6 +160,11 @@ class Selector:
         if place not in self._checked:
             self._checked[place] = doubt_of(region, decision, standing, self.goal)
         return self._checked[place]
+
+    @property
+    def every(self) -> tuple[Decision, ...]:
+        """All decisions, those of one path together."""
+        return tuple(each for path, d in self.decisions.items() for each in (d, *self.shorter.get(path, ())))
 
     @property
     def said(self) -> list[str]:

@@ -66,7 +66,7 @@ class Session:
             for path, module in selector.modules.items()
             for name, value in module.state_dict().items()
         }
-        decisions = tuple(selector.decisions.values())
+        decisions = selector.every
         if self.given is not None:
             return dataclasses.replace(self.given, decisions=decisions, model=self.fingerprint, state=state)
         return Plan(

@@ -296,7 +296,7 @@ def edited(raw: dict[str, Any], place: str, value: Any) -> None:
         ("weights", {"file": "../p.safetensors", "sha256": ""}, "not a file name"),
         ("weights", {"file": "gone.safetensors", "sha256": ""}, "cannot be read"),
         ("decisions/1/path", KeyError, "decision 1 has no 'path'"),
-        ("decisions/1/path", "layers.0", "more than once on 'layers.0'"),
+        ("decisions/1/path", "layers.0", "more than once on layers.0 for calls of one length"),
         ("decisions/0/variant", 1, "'variant' in decision 0 is a int"),
         ("decisions/0/fidelity", "good", "'fidelity' in decision 0 is 'good', not one of exact"),
         ("decisions/0/config", None, "'config' in decision 0 is a NoneType"),

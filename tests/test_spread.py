@@ -18,7 +18,7 @@ from rewriter.target import Target
 from rewriter.tune import record, spread
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.record import Ledger
-from rewriter.tune.spread import Order, measure_ahead
+from rewriter.tune.spread import Entries, Order, Worker, measure_ahead
 from rewriter.verdict import Limits
 
 pytest.importorskip("ray")
@@ -42,6 +42,8 @@ def attention():
     return nn.Sequential(Attention(), nn.Tanh(), Attention()), torch.randn(1, 600, 32)
 
 def batches(): return [torch.randn(1, 600, 32) for _ in range(12)]
+
+def both(): return [torch.randn(1, length, 32) for length in (600, 150) for _ in range(12)]
 """
 MEASURED = 1 + 12 + 4
 """One kind of site, twelve batches of the original, effects on four of them."""
@@ -60,18 +62,25 @@ class Clusters:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clusters]:
-    """A head and two nodes, whose workers find this package; the cache is empty and believed."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the model and its data are found by name; the cache is empty and believed."""
     (tmp_path / "spread_zoo.py").write_text(ZOO)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "spread_zoo", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "theirs"))
-    found = Clusters()
     monkeypatch.setenv("REWRITER_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr(record, "recall", cache.recall)
     monkeypatch.setattr(record, "remember", cache.remember)
+    return tmp_path
+
+
+@pytest.fixture
+def cluster(folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clusters]:
+    """A head and two nodes, whose workers find this package, and have a cache of their own."""
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv("REWRITER_CACHE", str(folder / "theirs"))
+    found = Clusters()
+    monkeypatch.setenv("REWRITER_CACHE", str(folder / "ours"))
     yield found
     found.cluster.shutdown()
 
@@ -89,9 +98,9 @@ def silent(stage: str, done: int, total: int | None) -> None:
     pass
 
 
-def searched() -> dict[str, Any]:
+def searched(data: str = "spread_zoo:batches") -> dict[str, Any]:
     loaded = load_target("spread_zoo:attention", device="cpu")
-    batches, _ = read_calibration("spread_zoo:batches", loaded)
+    batches, _ = read_calibration(data, loaded)
     plan = rewriter.plan_of(rewriter.optimize(loaded.model, batches, max_drop=0.05))
     assert plan is not None and plan.search is not None
     return plan.search
@@ -115,6 +124,20 @@ def independent(made: list[Any]) -> list[Any]:
     return [
         each for each in made if each[0] in ("site", "effects") or (each[0] == "metric" and each[1][2] == "original")
     ]
+
+
+def test_a_worker_measures_short_and_long_inputs(folder: Path, made: list[Any]) -> None:
+    worker = Worker(order(calibration="spread_zoo:both"), torch.get_num_threads())
+    counts = worker.about()[2]
+    assert counts == {"site": 2, "original": 24, "effects": 2 * 4}
+    times: Entries = {}
+    for kind, count in counts.items():
+        for number in range(count):
+            entries = worker.measured((kind, number), times)
+            times |= entries if kind == "site" else {}
+    assert len(independent(made)) == 2 + 24 + 8
+    made.clear()
+    assert searched("spread_zoo:both")["pairs"] >= 4 and made and not independent(made)
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def compared(loaded: Loaded, bound: float, seed: int, progress: Advance) -> list
         limits=Limits.checked(bound, None, None, 1.0), metric=loaded.host.metric, seed=seed, deadline=Deadline(None),
     )  # fmt: skip
     try:
-        at = prepared(loaded.model, calibration, request)
+        (at,) = prepared(loaded.model, calibration, request)  # all pieces are of one length
         with rerouted(loaded.model, at.through_slots):
             return list(_compared(at, loaded, bound, numbers))
     finally:

@@ -24,7 +24,7 @@ def report(
     from rewriter.report.tables import gained, print_plan
 
     facts = Facts.of(Plan.load(plan))
-    outcome = gained(facts.plan, len(facts.plan.decisions), facts.timings)
+    outcome = gained(facts.plan, facts.plan.sites, facts.timings)
     if html is not None:
         write_page(facts, html, plan / FILE if plan.is_dir() else plan)
     if not as_json:

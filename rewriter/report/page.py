@@ -28,7 +28,7 @@ def page(facts: Facts) -> str:
         facts=facts,
         plan=facts.plan,
         mark=_MARK,
-        outcome=gained(facts.plan, len(facts.plan.decisions), facts.timings),
+        outcome=gained(facts.plan, facts.plan.sites, facts.timings),
         front=plots.front(facts) if facts.front else None,
         heat_map=plots.heat_map(facts) if measured else None,
         timeline=plots.timeline(facts) if facts.timeline else None,

@@ -119,7 +119,7 @@ def timeline(facts: Facts) -> str:
 def heat_map(facts: Facts) -> str:
     """Sites by candidates: how many times cheaper, and how far from what the original computes; chosen ones framed."""
     gains, errors = _grids(facts)
-    paths = [label(d.path or "<root>", 32) for d in facts.plan.decisions]
+    paths = [label(facts.plan.place(d), 32) for d in facts.plan.decisions]
     names = [label(name, 32) for name in facts.columns]
     many = len(names)
     with _figure("heat-map", 2.4 + 2 * max(3.4, 0.62 * many), 1.9 + 0.27 * len(paths)) as (figure, out):

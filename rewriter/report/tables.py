@@ -57,7 +57,7 @@ def print_plan(facts: Facts, console: Console) -> None:
     """The same of a plan alone, and how it was found."""
     plan = facts.plan
     machine = plan.target.get("processor") or plan.target.get("device") or "a machine that it does not name"
-    head = f"{len(plan.decisions)} sites, {plan.fidelity}, made {plan.created} on {machine}"
+    head = f"{plan.sites} sites, {plan.fidelity}, made {plan.created} on {machine}"
     console.print(f"[bold]plan for {escape(plan.goal)}[/]: {escape(head)}", highlight=False)
     console.print(plan_table(plan))
     _print_measured(facts.timings, facts.verdict, console)
@@ -140,11 +140,12 @@ def plan_table(plan: Plan) -> Table:
     table = _table("sites", "number", "variant", "settings", "why")
 
     def decided(decision: Decision) -> object:
-        return shape_of(decision.path), decision.variant, sorted(decision.config.items())
+        return shape_of(decision.path), decision.variant, sorted(decision.config.items()), plan.keys_of(decision)
 
     for group in grouped(plan.decisions, lambda d: str(decided(d))):
         first = group[0]
         settings = ", ".join(f"{name} {value}" for name, value in first.config.items())
+        settings = "; ".join(filter(None, (settings, plan.keys_of(first))))
         # Reasons quote measurements of their own site: the first stands for the group.
         _row(table, joined([d.path for d in group]), str(len(group)), first.variant, settings, first.reason)
     return table
@@ -170,7 +171,9 @@ def variant_table(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def changed(plan: Plan | None) -> int:
     """How many sites run something else than their original code."""
-    return sum(decision.variant != ORIGINAL for decision in plan.decisions) if plan is not None else 0
+    return (
+        len({decision.path for decision in plan.decisions if decision.variant != ORIGINAL}) if plan is not None else 0
+    )
 
 
 def outcome(report: Report) -> str:

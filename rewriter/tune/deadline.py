@@ -9,7 +9,7 @@ class Deadline:
     """A time budget in seconds; None never ends."""
 
     def __init__(self, budget: float | None) -> None:
-        self._end = None if budget is None else time.monotonic() + budget
+        self._end = self._last = None if budget is None else time.monotonic() + budget
 
     @property
     def left(self) -> float:
@@ -20,6 +20,12 @@ class Deadline:
         """Is there less than this left?"""
         return self.left <= needed
 
+    def share(self, parts: int) -> None:
+        """From now on the first of so many equal parts of what remains of the whole."""
+        if self._last is not None:
+            now = time.monotonic()
+            self._end = now + (self._last - now) / parts
+
     def stop(self) -> None:
-        """It is over now."""
-        self._end = time.monotonic()
+        """All of it is over now."""
+        self._end = self._last = time.monotonic()

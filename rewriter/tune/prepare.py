@@ -23,6 +23,7 @@ from rewriter.site import Causal
 from rewriter.sources import version
 from rewriter.target import Target
 from rewriter.tune.choices import Workbench
+from rewriter.tune.lengths import by_length, told_apart
 from rewriter.tune.record import Progress, Record, digest_of
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
@@ -84,11 +85,25 @@ class Prepared:
         return found
 
 
-def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> Prepared:
-    """What a search starts from; nothing is measured yet. The model's calls go where its author sent them."""
+def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> list[Prepared]:
+    """What searches start from, that of the longest inputs first: mostly one, or one for each class of lengths where
+    the attentions tell them apart. Nothing is measured yet. The model's calls go where its author sent them.
+    """
     batches = batches_from(calibration)
     check_batches(model, batches)
-    search_part, held_out = split(with_rows(model, batches), request.seed)
+    batches = with_rows(model, batches)
+    found = [_prepared(model, each, request) for each in by_length(batches, request)]
+    if not told_apart([at.tuning.switches.lengths for at in found]):
+        found = [_prepared(model, batches, request)]
+    for number, at in enumerate(found):
+        shorter = {path for other in found[number + 1 :] for path in other.tuning.switches.lengths}
+        own = at.tuning.switches.lengths
+        at.tuning.floor = {path: least for path, (least, _) in own.items() if path in shorter}
+    return found
+
+
+def _prepared(model: nn.Module, batches: Sequence[Batch], request: Request) -> Prepared:
+    search_part, held_out = split(batches, request.seed)
     record = Record(bound=request.max_drop, unit="bytes" if request.goal == "memory" else "ms")
     request = dataclasses.replace(request, progress=record.watched(request.progress))
     slots = SlotRewriter(None, names=Names.of(model))

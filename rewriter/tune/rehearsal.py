@@ -8,22 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from rewriter import probes
 from rewriter.backend import check_goal, check_variants
-from rewriter.calibration import batches_from, check_batches, split, with_rows
-from rewriter.capture import compiled
-from rewriter.guard import outputs_of
-from rewriter.instances import Names
-from rewriter.metrics import predicts_ids, resolve_metric
-from rewriter.session import rerouted
-from rewriter.site import Causal
-from rewriter.tune.choices import Workbench
+from rewriter.session import unrouted
 from rewriter.tune.deadline import Deadline
 from rewriter.tune.predict import CALLS_A_BATCH, MOST_PLANTED, sampled
-from rewriter.tune.record import Progress, Record
+from rewriter.tune.prepare import Prepared, prepared
+from rewriter.tune.record import Progress
+from rewriter.tune.request import Request
 from rewriter.tune.search import MOST_TRIALS
-from rewriter.tune.slots import SlotRewriter
-from rewriter.tune.tuning import Tuning
+from rewriter.verdict import Limits
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,7 @@ class Rehearsal:
 
     kinds     of sites: each is measured once
     pairs     (site, candidate) pairs, and how many of them are `changing` the result
+    exhaustive  calls of the model to try each that changes the result end to end, to search alone
     calls     of the model at most, to measure accuracy; a backward pass counts as two
     """
 
@@ -41,6 +35,7 @@ class Rehearsal:
     changing: int
     searched: int
     held_out: int
+    exhaustive: int
     calls: int
 
     def to_json(self) -> dict[str, Any]:
@@ -52,8 +47,12 @@ class Rehearsal:
             f"{self.sites} attentions of {self.kinds} kinds, {self.pairs} candidates at all of them together. "
             f"{self.searched} batches guide the search and {self.held_out} decide: at most {self.calls} calls of the "
             "model to measure accuracy; to try each that changes the result end to end would take "
-            f"{self.changing * self.searched} to search alone. Nothing was measured."
+            f"{self.exhaustive} to search alone. Nothing was measured."
         )
+
+
+_ADDED = ("kinds", "pairs", "changing", "searched", "held_out", "exhaustive", "calls")
+"""What searches of several classes of lengths take together."""
 
 
 def rehearsed(
@@ -68,28 +67,35 @@ def rehearsed(
 ) -> Rehearsal:
     """Capture the model, and count. Raises as `optimize` does on bad input; the model stays as it is."""
     goal, allowed = check_goal(goal), check_variants(variants)
-    batches = batches_from(calibration)
-    check_batches(model, batches)
-    searched, held_out = split(with_rows(model, batches), seed)
-    slots, workbench = SlotRewriter(None, names=Names.of(model)), Workbench(goal, allowed)
-    tuning = Tuning(model, slots, goal, workbench, Deadline(None), progress, Record())
-    with rerouted(model, compiled(model, slots)):
-        tuning.capture(searched)
-    causal = any(site.mask.has(Causal) for site in slots.sites.values())
-    outputs = outputs_of(model, searched[0], 0)
-    resolve_metric(metric, searched[0], outputs, causal=causal)
-    found = [workbench.candidates(region)[0] for region in slots.regions.values()]
-    original = 2 + len(searched) + len(held_out)  # twice on one, to see whether it repeats itself
-    effects = CALLS_A_BATCH * len(sampled(searched))
-    is_language_model = causal and predicts_ids(searched[0], outputs)
-    planted = [len(probes.planted(part, seed)) if is_language_model else 0 for part in (searched, held_out)]
+    request = Request(
+        goal=goal, allowed=allowed, inner="eager", dynamic=None, progress=progress, limits=Limits(max_drop=0.0),
+        metric=metric, seed=seed, deadline=Deadline(None),
+    )  # fmt: skip
+    with unrouted(model):
+        parts = [_rehearsed(at) for at in prepared(model, calibration, request)]
+    return Rehearsal(
+        sites=max(part.sites for part in parts),
+        **{name: sum(getattr(part, name) for part in parts) for name in _ADDED},
+    )
+
+
+def _rehearsed(at: Prepared) -> Rehearsal:
+    """For inputs of one class of lengths."""
+    regions, workbench = at.tuning.slots.regions, at.tuning.workbench
+    found = [workbench.candidates(region)[0] for region in regions.values()]
+    searched, held_out = len(at.search_part), len(at.held_out)
+    original = 2 + searched + held_out  # twice on one, to see whether it repeats itself
+    effects = CALLS_A_BATCH * len(sampled(at.search_part))
+    planted = [len(each.scores.batches) if each is not None else 0 for each in (at.tuning.recall, at.probe)]
     recall = (1 + MOST_TRIALS) * planted[0] + CALLS_A_BATCH * min(planted[0] // 2, MOST_PLANTED) + 3 * planted[1]
+    changing = sum(variant.fidelity != "exact" for pairs in found for variant, _ in pairs)
     return Rehearsal(
         sites=len(found),
-        kinds=len({region.identity() for region in slots.regions.values()}),
+        kinds=len({region.identity() for region in regions.values()}),
         pairs=sum(map(len, found)),
-        changing=sum(variant.fidelity != "exact" for pairs in found for variant, _ in pairs),
-        searched=len(searched),
-        held_out=len(held_out),
-        calls=original + effects + MOST_TRIALS * len(searched) + 3 * len(held_out) + recall,
+        changing=changing,
+        searched=searched,
+        held_out=held_out,
+        exhaustive=changing * searched,
+        calls=original + effects + MOST_TRIALS * searched + 3 * held_out + recall,
     )

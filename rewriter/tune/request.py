@@ -45,10 +45,10 @@ class Request:
         install(model, session)
         return session
 
-    def finished(self, session: Session, verdict: Verdict | None = None, timing: Timing | None = None) -> Session:
+    def finished(self, session: Session, verdict: Verdict | None = None, *timings: Timing | None) -> Session:
         """The session with its report filled in."""
         session.report.verdict = verdict
         session.guard = verdict.to_json() if verdict is not None else None
-        session.report.timings = session.timings = [timing] if timing is not None else []
+        session.report.timings = session.timings = [each for each in timings if each is not None]
         session.report.seconds = {"optimize": time.perf_counter() - self.begin}
         return session

@@ -35,6 +35,7 @@ from rewriter.tune.record import Ledger, Record
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
 from rewriter.tune.search import search, tries
+from rewriter.tune.together import together
 from rewriter.tune.tuning import Tuning, no_attention, size_of
 from rewriter.tune.whole import compared, runs_of, timed, timing_of
 from rewriter.variant import ORIGINAL
@@ -74,9 +75,26 @@ def untuned(model: nn.Module, example: Any, request: Request) -> Session:
 
 
 def tuned(model: nn.Module, calibration: Iterable[Any], request: Request) -> Session:
-    """All training-free variants, and the learned ones that were asked for, under the guard."""
-    at = prepared(model, calibration, request)
-    request, record, tuning = at.request, at.record, at.tuning
+    """All training-free variants, and the learned ones that were asked for, under the guard. Inputs of very different
+    lengths are searched one class after the other, with equal parts of the time, and share a plan.
+    """
+    found: list[tuple[Prepared, Session]] = []
+    classes = prepared(model, calibration, request)
+    for number, at in enumerate(classes):
+        request.deadline.share(len(classes) - number)
+        if number and request.deadline.over():
+            break
+        uninstall(model)
+        found.append((at, _searched(at)))
+    if len(classes) == 1:
+        return found[0][1]
+    uninstall(model)
+    return together(model, request, found, len(classes) - len(found))
+
+
+def _searched(at: Prepared) -> Session:
+    """The best plan for one class of inputs, in place."""
+    request, record, tuning, model = at.request, at.record, at.tuning, at.tuning.model
     metric, dtype, search_part = at.metric, at.dtype, at.search_part
 
     def repeats() -> bool:

@@ -48,6 +48,7 @@ class Slot(nn.Module):
         """The canonical operands, and the inputs of the original code; the output in the form of the graph."""
         operands, inputs = Operands(*arguments[:6]), arguments[6:]
         site = self.match.site
+        self.switches.see(site.path, operands.key.shape[2])
         implementation = self.switches.active.get(site.path)
         size = self._size(inputs)
         if implementation is not None and fits(site, self.switches.keys[site.path]):
@@ -68,12 +69,20 @@ class Slot(nn.Module):
 
 @dataclass
 class Switches:
-    """What the slots of one model do now. `keys` are the sites' keys, by path, that `active` was made for."""
+    """What the slots of one model do now. `keys` are the sites' keys, by path, that `active` was made for; `lengths`
+    the fewest and the most keys of the calls so far.
+    """
 
     active: dict[str, Implementation] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
     observer: Observer | None = None
     probe: Probe | None = None
+
+    def see(self, path: str, keys: int) -> None:
+        """A call of so many keys."""
+        least, most = self.lengths.get(path, (keys, keys))
+        self.lengths[path] = min(least, keys), max(most, keys)
 
 
 @dataclass(repr=False)

@@ -62,8 +62,10 @@ class Order:
     seed: int
     folder: str = field(default_factory=os.getcwd)
 
-    def prepared(self) -> Prepared:
-        """The model, captured, with its data. Names are looked up from the folder of whoever gave the order."""
+    def prepared(self) -> list[Prepared]:
+        """The model, captured, with its data, for each class of lengths. Names are looked up from the folder of whoever
+        gave the order.
+        """
         with contextlib.suppress(OSError):
             os.chdir(self.folder)
         loaded = load_target(self.target, length=self.length, dtype=self.dtype, device=self.device, seed=self.seed)
@@ -88,18 +90,20 @@ class Worker:
     def __init__(self, order: Order, threads: int) -> None:
         torch.set_num_threads(threads)  # Ray gives it as many cores, and a time depends on them
         torch.manual_seed(order.seed)
-        self._at = order.prepared()
-        self._tuning, self._device = self._at.tuning, order.device
-        kinds = {region.identity(): region for region in self._tuning.slots.regions.values()}
+        self._classes, self._device = order.prepared(), order.device
+        kinds = {r.identity(): (at, r) for at in self._classes for r in at.tuning.slots.regions.values()}
         self._kinds = list(kinds.values())
+        self._batches = [(at, batch) for at in self._classes for batch in (*at.search_part, *at.held_out)]
+        self._effects = [(at, n) for at in self._classes for n in range(len(sampled(at.search_part)))]
 
     def about(self) -> tuple[str, dict[str, Any], dict[str, int]]:
         """Its machine, its target, and how many measurements there are of each kind."""
-        at, kept = self._at, is_built_in(self._at.metric)
+        at = self._classes[0]
+        kept = is_built_in(at.metric)
         counts = {
             "site": len(self._kinds),
-            "original": len(at.search_part) + len(at.held_out) if kept else 0,
-            "effects": len(sampled(at.search_part)) if kept and at.request.max_drop > 0 else 0,
+            "original": len(self._batches) if kept else 0,
+            "effects": len(self._effects) if kept and at.request.max_drop > 0 else 0,
         }
         return socket.gethostname(), Target.current(self._device).to_json(), counts
 
@@ -108,27 +112,30 @@ class Worker:
         kind, number = job
         if kind == "site":
             return self._site(number)
-        return self._original(number) if kind == "original" else self._effects(number, known)
+        return self._original(number) if kind == "original" else self._effect(number, known)
 
     def _site(self, number: int) -> Entries:
-        workbench = self._tuning.workbench
-        workbench.choices(self._kinds[number], float("inf"))
+        at, region = self._kinds[number]
+        workbench = at.tuning.workbench
+        workbench.choices(region, float("inf"))
         return workbench.ledger(self._device).known
 
     def _original(self, number: int) -> Entries:
-        scores = self._at.scores_on([[*self._at.search_part, *self._at.held_out][number]])
+        at, batch = self._batches[number]
+        scores = at.scores_on([batch])
         scores.original()
         return scores.ledger.known
 
-    def _effects(self, number: int, known: Entries) -> Entries:
-        tuning, at = self._tuning, self._at
+    def _effect(self, number: int, known: Entries) -> Entries:
+        at, sample = self._effects[number]
+        tuning = at.tuning
         tuning.workbench.ledger(self._device).known.update(known)
         tuning.measure_sites()
         predictor = tuning.predictor()
         if any(c.variant.fidelity == "learned" for choices in tuning.choices.values() for c in choices.others):
             return {}  # they are fitted first, which is no measurement
         with rerouted(tuning.model, at.through_slots):
-            predictor.measured(at.metric, sampled(at.search_part)[number], at.request.seed, number)
+            predictor.measured(at.metric, sampled(at.search_part)[sample], at.request.seed, sample)
         return predictor.ledger.known
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class Tuning:
     progress: Progress
     record: Record
     about: Sequence[Any] = ()
+    floor: Mapping[str, int] = field(default_factory=dict)
+    """By path the fewest keys for which this search decides, where shorter calls have a search of their own."""
     choices: dict[str, SiteChoices] = field(default_factory=dict)
     scale: float = 1.0
     """Measured drop over predicted drop, of the last plan that was tried, at the end of the best."""
@@ -216,10 +218,10 @@ class Tuning:
         changed = [candidate for _, candidate in groups if not candidate.exact]
         if not changed:
             return None
-        most = choices.region.lengths[1]
+        least, most = self.floor.get(choices.site.path, 1), choices.region.lengths[1]
         if self.goal == "memory" or self.deadline.over():
-            return 1, most
-        return max(self.workbench.shortest(choices, candidate) for candidate in distinct(changed)), most
+            return least, most
+        return max(least, *(self.workbench.shortest(choices, candidate) for candidate in distinct(changed))), most
 
     def modules(self, solution: Solution) -> dict[str, nn.Module]:
         """The fitted modules that a solution uses, by path."""
