@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.code_of import code_of
 from rewriter.paths import shape_of
 
 _AT_ONCE = 1 << 20
@@ -17,7 +18,7 @@ _AT_ONCE = 1 << 20
 
 
 def fingerprint(model: nn.Module, written: Iterable[str] = ()) -> dict[str, Any]:
-    """What a plan is for: {"structure", "weights", "tensors", "values", "parts", "written"}.
+    """What a plan is for: {"structure", "weights", "tensors", "values", "parts", "written", "code"}.
 
     structure  hash of the sorted names and shapes of parameters and persistent buffers, without those in `rewriter`
     weights    hash of sums over all their values as float32, so that the type of loading does not matter
@@ -26,6 +27,7 @@ def fingerprint(model: nn.Module, written: Iterable[str] = ()) -> dict[str, Any]
     written    the buffers of these names are left out: what calls of the model write, such as the keys of a cache, says
                nothing about which model it is. `optimize` finds them by looking at all buffers before and after its own
                calls, and the plan names them
+    code       `code_of(model)`
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -60,6 +62,7 @@ def fingerprint(model: nn.Module, written: Iterable[str] = ()) -> dict[str, Any]
             for name, (shapes, own) in parts.items()
         },
         "written": left_out,
+        "code": code_of(model),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.code_of import changes
 from rewriter.errors import OptionError, PlanError
 from rewriter.fingerprint import differences, fingerprint
 from rewriter.plan import FIDELITIES, GOALS, Decision, HeadGroup, Plan, decided, module_name
@@ -103,7 +104,7 @@ def check_guard(plan: Plan) -> None:
 
 def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> dict[str, Any]:
     """The model's fingerprint. Raises PlanError where the plan is not for this model: another structure, or, when the
-    plan holds decisions that are not exact, other weights (their effect on the accuracy was measured on those).
+    plan holds decisions that are not exact, other weights or code (their effect on the accuracy was measured on those).
     """
     ours, theirs = fingerprint(model, plan.model.get("written", ())), plan.model
     found = differences(ours, theirs)
@@ -118,5 +119,12 @@ def check_model(plan: Plan, model: nn.Module, *, check_weights: bool = True) -> 
             f"the plan is for other weights of this architecture, and its accuracy was measured on those{detail}; tune "
             "again, have it measured on these with optimize(model, calibration, plan=plan), or take it unmeasured with "
             "apply(..., check_weights=False)"
+        )
+    changed = changes(ours["code"], theirs.get("code"))
+    if check_weights and plan.fidelity != "exact" and changed:
+        raise PlanError(
+            f"the plan's accuracy was measured on other code: that of {', '.join(changed[:3])} "
+            f"{f'and {len(changed) - 3} more ' if len(changed) > 3 else ''}is not what it was; {_MEASURE}, or take it "
+            "unmeasured with apply(..., check_weights=False)"
         )
     return ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -60,6 +61,59 @@ def test_two_processes_write_at_once(folder: Path) -> None:
         each.communicate(timeout=60)
         assert each.returncode == 0
     assert [[recall(name, str(n)) for n in range(100)] for name in ("one", "two")] == [list(range(100))] * 2
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.linear(x).chunk(3, -1))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = (q @ k.transpose(-2, -1)).masked_fill(hidden, float("-inf")).softmax(-1)
+        return x + (weights @ v).transpose(1, 2).flatten(2)
+
+def attention():
+    torch.manual_seed(0)
+    return nn.Sequential(Attention(), Attention()), torch.randn(1, 700, 16)
+
+def batches():
+    torch.manual_seed(1)
+    return [torch.randn(1, 700, 16) for _ in range(12)]
+"""
+
+
+def test_two_searches_at_once(folder: Path, root: Path) -> None:
+    """Each ends with a plan of its own, and a third has nothing left to measure."""
+    (folder / "at_once.py").write_text(MODEL)
+    environment = {**os.environ, "REWRITER_CACHE": str(folder), "PYTHONPATH": f"{root}{os.pathsep}{folder}"}
+
+    def tuning(out: str) -> subprocess.Popen[str]:
+        options = ["--calibration", "at_once:batches", "--device", "cpu", "--max-drop", "5%", "--out", out, "--json"]
+        command = [sys.executable, "-m", "rewriter", "tune", "at_once:attention", *options]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, cwd=folder, text=True, **pipes)
+
+    def ended(child: subprocess.Popen[str]) -> Any:
+        out, said = child.communicate(timeout=300)
+        assert child.returncode == 0 and "Traceback" not in said, said
+        return json.loads(out)["plan"]
+
+    both = [tuning("one.json"), tuning("other.json")]
+    plans = [ended(child) for child in both]
+    assert all(plan["guard"]["held"] and plan["search"]["evaluations"] > 0 for plan in plans)
+    assert [json.loads((folder / name).read_text())["decisions"] for name in ("one.json", "other.json")] == [
+        plan["decisions"] for plan in plans
+    ]
+    third = ended(tuning("third.json"))
+    assert third["guard"]["held"] and third["search"]["evaluations"] == 0
+    with sqlite3.connect(folder / FILE) as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no kill -9")
