@@ -25,9 +25,8 @@ def code_of(model: nn.Module) -> dict[str, Any]:
     for module in model.modules():
         kind, own = type(module), [each for name in _ROOTS for each in _functions(vars(module).get(name))]
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if own and kind.__module__.startswith("torch.nn."):
-            found[name] = _digest(kind, own)
-        elif _is_others(kind) and (own or name not in found):
+        patched = own and kind.__module__.startswith("torch.nn.")
+        if patched or (_is_others(kind) and (own or name not in found)):
             found[name] = _digest(kind, own)
     return {"python": "{}.{}".format(*sys.version_info), "classes": dict(sorted(found.items()))}
 
