@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from rewriter.codegen.ahead import CompileError, compile_ahead, parse_target
+from rewriter.codegen.ahead import CompileError, Launch, compile_ahead, parse_target
 from rewriter.codegen.compiled import binaries, launches
 from rewriter.codegen.configs import default
 from rewriter.codegen.disassembly import Counts, analysed, gcn, sass
-from rewriter.codegen.expression import kinds_of
-from rewriter.codegen.formula import Formula, causal, not_before
+from rewriter.codegen.expression import Kind, kinds_of
+from rewriter.codegen.formula import Formula, causal, not_before, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
 from tests.formulas import unusual
@@ -213,6 +213,26 @@ def test_functions_that_say_what_is_rarely_said(name: str) -> None:
 
 
 WINDOW = Formula((causal, not_before), numbers={"offset": 0, "left": 255})
+
+
+def as_ones(launch: Launch) -> Launch:
+    """With 1 for each whole number, which Triton makes a constant of: not all that a number can is for constants."""
+    ones = {argument: 1 for argument, kind in launch.signature.items() if kind in ("i32", "i64")}
+    assert ones
+    return replace(
+        launch,
+        signature={argument: kind for argument, kind in launch.signature.items() if argument not in ones},
+        constants={**launch.constants, **ones},
+        divisible=[argument for argument in launch.divisible if argument not in ones],
+    )
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "forward_jvp"])
+def test_one_token_one_head_and_steps_of_one(kernel: str) -> None:
+    kinds: dict[str, Kind] = {"bias": "float", "mask": "bool", "padding": "bool"}
+    for formula in (WINDOW, reading(Formula(sink=True), kinds)):
+        (launch,) = launches(formula, Blocks(32, 32), head_dim=32, kinds=kinds, kernels=(kernel,))
+        assert as_ones(launch).compiled("sm_90").code.tensor
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -11,9 +11,10 @@ import torch
 import triton
 
 from rewriter.codegen.ahead import CompileError
-from rewriter.codegen.linear_compiled import BACKWARD, FORWARD, binaries
+from rewriter.codegen.linear_compiled import BACKWARD, FORWARD, binaries, launches
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.linear_fragments import LinearBlocks
+from tests.test_ahead import as_ones
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
 
@@ -50,6 +51,13 @@ def test_targets(target: str, decay: Any) -> None:
         small = decay == "channel" and "states" not in each.kernel and target in ("sm_90", "sm_100")
         kinds = ("HMMA.16816",) if small else (TENSOR[target],)
         assert all(kind.startswith(kinds) for kind in each.code.tensor_core)
+
+
+@pytest.mark.parametrize("decay", ["none", "token", "channel"])
+def test_one_token_one_head_and_steps_of_one(decay: Any) -> None:
+    found = launches(formula(decay), LinearBlocks(), features=64, padded=True)
+    for each in found:
+        assert as_ones(each).compiled("sm_90").code.instructions
 
 
 CONFIGS = [(size, decay, torch.bfloat16) for size in (64, 128) for decay in ("none", "token", "channel")]
