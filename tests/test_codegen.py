@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from rewriter.codegen import blocks
 from rewriter.codegen.blocks import Lists, runs_of
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import CPP, TRITON, printed
@@ -31,6 +32,7 @@ from rewriter.codegen.fragments import Blocks, source
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Causal, Chunked, Full, Mask, PrefixCausal, SlidingWindow
 from rewriter.testing import brute_force
+from rewriter.tune.measure import peak_memory
 from tests.formulas import unusual
 
 LENGTHS = st.integers(1, 70)
@@ -91,6 +93,33 @@ def test_blocks_of_other_masks(q_len: int, kv_len: int, size: int) -> None:
 
     for function in (chunked, prefix_causal, strided, far):
         check_blocks(Formula((function,), numbers={"chunk": size, "prefix": size, "size": size}), q_len, kv_len, 8, 16)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_are_looked_at_part_by_part(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(h: Any, i: Any, j: Any, keep: Any) -> Any:
+        return keep[h, i // 8, j // 8] > 0
+
+    keep = (torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    for formula, tensors in (
+        (Formula((causal, not_before), numbers={"offset": 0, "left": 30}), {}),
+        (Formula((kept,)), {"keep": keep}),
+        (Formula(), {}),
+    ):
+        mask = formula.expressions(dict.fromkeys(tensors, "float"))[0]
+        sizes: dict[str, Any] = {"batch": 2, "heads": 3, "q_len": 150, "kv_len": 155, "block_m": 16, "block_n": 8}
+        whole = runs_of(mask, **sizes, tensors=tensors, transposed=transposed)
+        for most in (1, 50, 77):
+            monkeypatch.setattr(blocks, "_AT_ONCE", most)
+            parts = runs_of(mask, **sizes, tensors=tensors, transposed=transposed)
+            assert torch.equal(parts.first, whole.first) and torch.equal(parts.runs, whole.runs)
+        monkeypatch.undo()
+
+
+def test_lists_of_a_million_tokens_need_little_memory() -> None:
+    mask = Formula((causal, not_before), numbers={"offset": 0, "left": 255}).expressions({})[0]
+    sizes = {"batch": 1, "heads": 1, "q_len": 1 << 20, "kv_len": 1 << 20, "block_m": 128, "block_n": 128}
+    assert peak_memory(lambda: runs_of(mask, **sizes)) < 100e6
 
 
 @given(seed=st.integers(0, 1000), q_len=LENGTHS)

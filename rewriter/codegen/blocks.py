@@ -3,14 +3,15 @@
 The expression is evaluated on intervals: of each pair of blocks, the smallest and the largest value that each of its
 parts can have. Where the mask can only be False the block is skipped, where it can only be True it needs no mask; what
 intervals cannot decide is visited with the mask, so a coarse answer costs time and never exactness. The work is
-O(blocks^2) on vectors, and what is stored are runs of blocks: linear in the length for windows and causal masks.
+O(blocks^2) on vectors, a part at a time; what is stored are runs of blocks: linear in the length for windows and causal
+masks.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -22,8 +23,10 @@ from rewriter.codegen.expression import Expression, kinds_of
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.intervals import Interval, interval
 
+_AT_ONCE = 1 << 20
+"""Pairs of blocks that are looked at together: some tens of MB."""
 _MOST_PAIRS = 1 << 22
-"""So many pairs of blocks are looked at together."""
+"""Pairs of blocks above which nobody estimates, and pairs of tokens that are looked at together."""
 _LOOK = 64
 """The side of the blocks in which pairs are counted."""
 _CLEARLY, _MOST_OTHERS = 0.92, 2
@@ -66,22 +69,14 @@ def runs_of(
     block that is not whole the mask has to be asked.
     """
     q_blocks, k_blocks = -(-q_len // block_m), -(-kv_len // block_n)
-
-    def listed(state: Tensor) -> Runs:
-        if kv_len % block_n:
-            state[..., -1] = state[..., -1].clamp(max=1)
-        if transposed and q_len % block_m:
-            state[..., -1, :] = state[..., -1, :].clamp(max=1)
-        return _runs(state.mT if transposed else state)
-
-    if mask is None:
-        return listed(torch.full((1, 1, q_blocks, k_blocks), 2, dtype=torch.int8))
     known = {name: tensor.cpu() for name, tensor in (tensors or {}).items()}
-    rows = max(_MOST_PAIRS // max(k_blocks, 1), 1)
+    owners, others = (k_blocks, q_blocks) if transposed else (q_blocks, k_blocks)
+    at_once = max(_AT_ONCE // max(others, 1), 1)
     parts = []
-    for start in range(0, q_blocks, rows):
-        m = torch.arange(start, min(start + rows, q_blocks))[:, None] * block_m
-        n = torch.arange(k_blocks) * block_n
+    for start in range(0, owners, at_once):
+        own, every = torch.arange(start, min(start + at_once, owners)), torch.arange(others)
+        rows, columns = (every, own) if transposed else (own, every)
+        m, n = rows[:, None] * block_m, columns * block_n
         last = (m + block_m).clamp(max=q_len) - 1
         past = kv_len - q_len
         given: dict[str, Interval] = {
@@ -91,27 +86,40 @@ def runs_of(
             "b": (torch.arange(batch).view(-1, 1, 1, 1),) * 2,
             "h": (torch.arange(heads).view(1, -1, 1, 1),) * 2,
         }
-        sure, possible = (torch.as_tensor(each) for each in interval(mask, given, known))
-        state = sure.to(torch.int8) + possible.to(torch.int8)
+        sure, possible = (True, True) if mask is None else interval(mask, given, known)
+        state = torch.as_tensor(sure).to(torch.int8) + torch.as_tensor(possible).to(torch.int8)
         shape = (*(1,) * (4 - state.dim()), *state.shape)
-        parts.append(state.view(shape).expand(*shape[:2], len(m), k_blocks))
-    return listed(torch.cat(parts, 2))
+        state = state.view(shape).expand(*shape[:2], len(rows), len(columns)).clone()
+        if kv_len % block_n:
+            state[..., columns == k_blocks - 1] = state[..., columns == k_blocks - 1].clamp(max=1)
+        if transposed and q_len % block_m:
+            state[..., -1, :] = state[..., -1, :].clamp(max=1)
+        parts.append(_runs(state.mT if transposed else state))
+    return _joined(parts)
 
 
-def _runs(state: Tensor) -> Runs:
-    """From int8 (Bm, Hm, rows, columns): 0 skipped, 1 with the mask, 2 without."""
+def _runs(state: Tensor) -> tuple[Tensor, Tensor]:
+    """(runs a row has, all of them, row after row) from int8 (Bm, Hm, rows, columns): 0 skipped, 1 with the mask, 2
+    without.
+    """
     before, after = torch.zeros_like(state), torch.zeros_like(state)
     before[..., 1:], after[..., :-1] = state[..., :-1], state[..., 1:]
     begins = (state > 0) & (state != before)
     ends = (state > 0) & (state != after)
-    counts = begins.sum(-1)
+    where = begins.nonzero(as_tuple=True)
+    runs = torch.stack([where[-1], ends.nonzero(as_tuple=True)[-1] + 1, (state[where] == 1).long()], -1)
+    return begins.sum(-1), runs
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Runs:
+    """Of rows that were looked at part by part: those of one (b, h) follow one another."""
+    counts = torch.cat([count for count, _ in parts], 2)
     offsets = counts.flatten().cumsum(0)
     first = torch.cat([offsets.new_zeros(1), offsets])
     per_row = counts.shape[-1]
-    starts = first[:-1].view(counts.shape)
-    rows = torch.cat([starts, first[per_row::per_row].view(*counts.shape[:-1], 1)], -1)
-    where = begins.nonzero(as_tuple=True)
-    runs = torch.stack([where[-1], ends.nonzero(as_tuple=True)[-1] + 1, (state[where] == 1).long()], -1)
+    rows = torch.cat([first[:-1].view(counts.shape), first[per_row::per_row].view(*counts.shape[:-1], 1)], -1)
+    pieces = [runs.split(count.sum(-1).flatten().tolist()) for count, runs in parts]
+    runs = torch.cat([piece for own in zip(*pieces, strict=True) for piece in own])
     return Runs(rows.to(torch.int32), runs.to(torch.int32).contiguous())
 
 
