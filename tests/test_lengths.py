@@ -108,20 +108,19 @@ def test_short_and_long_inputs_have_decisions_of_their_own(
     assert plan.decision_for("") is longer
     assert {"longer": longer.variant, "shorter": shorter.variant} == expected
     assert shorter.lengths is not None and shorter.lengths[1] == LENGTH and plan.sites == 1
-    assert longer.lengths == ((LONG, LONG) if longer.variant == "sliding_window" else None)
-    window = {"longer": LONG, "shorter": LENGTH}[next(k for k, v in expected.items() if v == "sliding_window")]
-
-    # Their weights are random: those of the model that was tuned.
+    assert longer.lengths == ((LENGTH + 1, LONG) if longer.variant == "sliding_window" else None)
+    within = {LENGTH + 1, LONG} if longer.variant == "sliding_window" else {LENGTH - 5, LENGTH}
+    # Weights are random: those of the model that was tuned.
     reference = rewriter.restore(copy.deepcopy(model))
 
-    def differs(model: nn.Module, length: int) -> bool:
-        x = far(3, length)
-        return error(model(x), reference(x)) > 10 * tolerance(torch.float32)
+    def windowed(model: nn.Module) -> set[int]:
+        inputs = {length: far(3, length) for length in (LENGTH - 5, LENGTH, LENGTH + 1, LONG, LONG + 1)}
+        return {length for length, x in inputs.items() if error(model(x), reference(x)) > 10 * tolerance(torch.float32)}
 
-    assert {n for n in (LENGTH, LONG, LENGTH + 50) if differs(model, n)} == {window}
+    assert windowed(model) == within
     plan.save(tmp_path)
     again = rewriter.apply(copy.deepcopy(reference), Plan.load(tmp_path), dynamic=dynamic)
-    assert {n for n in (LENGTH, LONG, LENGTH + 50) if differs(again, n)} == {window}
+    assert windowed(again) == within
     assert plan_of(again).decisions == plan.decisions
     report = rewriter.report_of(model)
     assert report is not None and report.verdict is not None and report.verdict.held
@@ -129,7 +128,8 @@ def test_short_and_long_inputs_have_decisions_of_their_own(
     assert checks[f"cosine, calls with up to {LENGTH} keys"].bound >= BOUND
     assert [t.what for t in report.timings] == [f"1x{LONG}x16", f"1x{LENGTH}x16"]
     shown = render(report)
-    assert f"to {LENGTH} keys" in shown and ("longer" in shown) == (longer.lengths is None)
+    assert plan.keys_of(longer) == ("longer" if longer.lengths is None else f"{LENGTH + 1} to {LONG:,} keys")
+    assert all(plan.keys_of(each).removesuffix(" keys") in shown for each in plan.decisions)
     written = page(Facts.of(Plan.load(tmp_path)))
     assert plan.search is not None and f"to {LENGTH} keys)" in written
     assert ("those of the longest inputs" in written) == bool(plan.search["front"])
@@ -178,7 +178,7 @@ def test_time_that_is_over_leaves_short_calls_exact(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Deadline, "share", share)
     model = tuned([*LOCAL, *LONG_LOCAL])
     (decision,) = plan_of(model).decisions
-    assert decision.variant == "sliding_window" and decision.lengths == (LONG, LONG)
+    assert decision.variant == "sliding_window" and decision.lengths == (LENGTH + 1, LONG)
     report = rewriter.report_of(model)
     assert report is not None and any("no time for the shorter calls" in note for note in report.notes)
 

@@ -28,7 +28,7 @@ from rewriter.tune.record import Progress, Record, digest_of
 from rewriter.tune.request import Request
 from rewriter.tune.scores import Scores
 from rewriter.tune.slots import SlotRewriter
-from rewriter.tune.tuning import Recall, Tuning
+from rewriter.tune.tuning import Recall, Tuning, size_of
 from rewriter.tune.whole import SECONDS
 from rewriter.verdict import Check
 
@@ -95,10 +95,10 @@ def prepared(model: nn.Module, calibration: Iterable[Any], request: Request) -> 
     found = [_prepared(model, each, request) for each in by_length(batches, request)]
     if not told_apart([at.tuning.switches.lengths for at in found]):
         found = [_prepared(model, batches, request)]
-    for number, at in enumerate(found):
-        shorter = {path for other in found[number + 1 :] for path in other.tuning.switches.lengths}
-        own = at.tuning.switches.lengths
-        at.tuning.floor = {path: least for path, (least, _) in own.items() if path in shorter}
+    floor: dict[str, int] = {}
+    for at in reversed(found):
+        at.tuning.floor = dict(floor)
+        floor |= {path: most + 1 for path, (_, most) in at.tuning.switches.lengths.items()}
     return found
 
 
@@ -112,7 +112,7 @@ def _prepared(model: nn.Module, batches: Sequence[Batch], request: Request) -> P
     outputs = outputs_of(model, search_part[0], 0)
     through_slots = compiled(model, slots)
     route(model, through_slots)
-    tuning.capture(search_part)
+    tuning.capture([*search_part, max(batches, key=size_of)])  # so that sites are known at the size of the longest call
     route(model, None)
     causal = any(site.mask.has(Causal) for site in slots.sites.values())
     metric = resolve_metric(request.metric, search_part[0], outputs, causal=causal)
