@@ -67,7 +67,8 @@ def optimize(
     measured end to end in alternation; where nothing is gained the model stays as it is, and the report says so.
 
     model        a module, rewritten in place; or a `torch.export.ExportedProgram`, whose rewritten module is returned
-    calibration  batches: dicts of keyword arguments, tuples of arguments, or tensors; at least two
+    calibration  batches: dicts of keyword arguments, tuples of arguments, or tensors; at least two. Where some are four
+                 times longer than others, and there are 8 of each, both have decisions of their own
     example      one batch for capture and timing where there is no calibration data
     max_drop     how much worse the metric may become (0.01 is 1%)
     drop_type    "relative" to the original's value, or "absolute"; None is relative for all metrics but kl

@@ -17,7 +17,7 @@ from rewriter.plan import MIXED, HeadGroup, Plan
 from rewriter.site import AttentionSite, Causal, Dense, Padding
 from rewriter.target import Target
 from rewriter.testing import inputs
-from rewriter.tune.choices import Candidate
+from rewriter.tune.choices import serves_all_heads
 from rewriter.variant import variants
 
 SITE = AttentionSite(
@@ -46,7 +46,7 @@ def test_parts_make_the_whole(site: AttentionSite, groups: list[tuple[int, ...]]
 def test_patterns_that_differ_by_heads_are_for_all_of_them(name: str, together: bool) -> None:
     variant, site = variants()[name], dataclasses.replace(SITE, kv_heads=2, heads=4, q_len=4096, kv_len=4096)
     config = next(iter(variant.configs(site, Target.current())))
-    assert Candidate(variant, config, variant.build(site, config), 1.0).together(site) == together
+    assert serves_all_heads(variant, site, config) == together
 
 
 class Net(nn.Module):

@@ -36,6 +36,7 @@ class Candidate:
     cost     in the goal's unit
     error    local and relative; None until it was run on data
     effects  predicted share of the metric's drop, for each key/value head; None until then
+    whole    must all heads of the site take it, or none?
     """
 
     variant: Variant
@@ -44,19 +45,12 @@ class Candidate:
     cost: float
     error: float | None = None
     effects: list[float] | None = None
+    whole: bool = False
 
     @property
     def exact(self) -> bool:
         """The same mathematics: no error to measure."""
         return self.variant.fidelity == "exact"
-
-    def together(self, site: AttentionSite) -> bool:
-        """Must all heads of the site take it, or none? Parameters are fitted to all of them; and where what is seen
-        differs by heads, another number of heads would see something else.
-        """
-        formula = None if self.variant.formula is None else self.variant.formula(site, self.config)
-        masks = formula.masks if isinstance(formula, Formula) else ()
-        return self.variant.fidelity == "learned" or any("h" in parameters(mask) for mask in masks)
 
     def tried(self) -> Tried:
         """As it stands in a plan."""
@@ -102,13 +96,13 @@ class SiteChoices:
     @property
     def whole(self) -> list[Candidate]:
         """Choices for all heads together, after the original."""
-        return [c for c in self.usable if c.together(self.site)]
+        return [c for c in self.usable if c.whole]
 
     @property
     def columns(self) -> list[Candidate]:
         """Choices for a group of heads, exact ones first."""
         exact = [self.exact] if self.exact is not None else []
-        return exact + [c for c in self.usable if not c.together(self.site)]
+        return exact + [c for c in self.usable if not c.whole]
 
     def table(self, scale: float, *, by_heads: bool) -> Table:
         """What the solver chooses from, with effects times `scale`. An exact candidate that is not worth it serves some
@@ -162,9 +156,12 @@ class Workbench:
             "site", what, lambda: self._measure(region, found, refused, end), keep=not hurried
         )
         built = [
-            Candidate(variants()[name], config, _built(variants()[name], site, config), cost)
+            Candidate(
+                (variant := variants()[name]), config, _built(variant, site, config), cost,
+                whole=serves_all_heads(variant, site, config),
+            )
             for (name, config), cost in zip(facts["candidates"], facts["costs"][1:], strict=True)
-        ]
+        ]  # fmt: skip
         return _choices(region, facts["costs"][0], built, dict(facts["refused"]), facts["split"])
 
     def _measure(
@@ -218,6 +215,15 @@ class Workbench:
         if device not in self.ledgers:
             self.ledgers[device] = Ledger([version(), Target.current(device).to_json()], self.fresh)
         return self.ledgers[device]
+
+
+def serves_all_heads(variant: Variant, site: AttentionSite, config: Config) -> bool:
+    """Must all heads of the site take it, or none? Parameters are fitted to all of them; and where what is seen differs
+    by heads, another number of heads would see something else.
+    """
+    formula = None if variant.formula is None else variant.formula(site, config)
+    masks = formula.masks if isinstance(formula, Formula) else ()
+    return variant.fidelity == "learned" or any("h" in parameters(mask) for mask in masks)
 
 
 def _left(end: float) -> float:

@@ -85,7 +85,7 @@ class Tuning:
     def changing(self, *, by_heads: bool = False) -> int:
         """How many (site, candidate) pairs change the result; or (head, candidate) pairs, where heads may differ."""
         return sum(
-            choices.site.kv_heads if by_heads and choices.split is not None and not each.together(choices.site) else 1
+            choices.site.kv_heads if by_heads and choices.split is not None and not each.whole else 1
             for choices in self.choices.values()
             for each in choices.measured
             if not each.exact
