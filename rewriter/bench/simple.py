@@ -35,7 +35,7 @@ from rewriter.tune.solve import Choice, Solution, Table, cost_of, effect_of
 from rewriter.tune.tuning import Tuning, size_of
 from rewriter.verdict import Limits
 
-_ROUNDS, _SECONDS = 9, 40.0
+_ROUNDS, _SECONDS = 25, 60.0
 
 
 @dataclass(frozen=True)
