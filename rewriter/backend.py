@@ -72,7 +72,8 @@ class GraphRewriter:
         if work is not None and self.choose is not None:
             graph = rewritten(work, self.choose.choose)
             self._add_seconds(work)
-        return compile_inner(gm if graph is None else graph, inputs.to_compile)
+        run = compile_inner(gm if graph is None else graph, inputs.to_compile)
+        return run if self.choose is None else self.choose.counted(run)
 
     def look(self, gm: Graph, inputs: Inputs, names: Names) -> Rewrite | None:
         """Capture and detect; None where there is nothing to rewrite. Notes what was seen."""

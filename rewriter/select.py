@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from rewriter import debug
 from rewriter.errors import PlanError, brief
 from rewriter.exact import decide_exact, doubt_of
+from rewriter.instances import Run
 from rewriter.mixture import ByHeads, ByLength, Outside, UpTo, of_heads
 from rewriter.plan import Decision, HeadGroup, Plan, module_name, own_version
 from rewriter.plan_check import variant_named
@@ -32,6 +34,7 @@ class Selector:
     state         their parameters, from a plan, as `<path, dots as __>.<parameter>`
     notes         sentences about sites that run something else than what the plan says
     outside       the calls of each path that are longer than what was measured
+    unfit         by note how many calls were of a kind that the plan was not made for
     doubted       were the decisions made on another machine, or with other versions?
     """
 
@@ -43,9 +46,11 @@ class Selector:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     outside: dict[str, Outside] = field(default_factory=dict)
+    unfit: dict[str, int] = field(default_factory=dict)
     doubted: bool = False
     shorter: dict[str, list[Decision]] = field(default_factory=dict)
     _checked: dict[object, str] = field(default_factory=dict)
+    _unfit_here: list[str] = field(default_factory=list)
 
     @staticmethod
     def replaying(plan: Plan) -> Selector:
@@ -88,6 +93,19 @@ class Selector:
                 standing = UpTo(int(each.most), own or original, standing or original)
         return standing
 
+    def counted(self, run: Run) -> Run:
+        """The graph whose sites were chosen last; its calls are counted if it is of a kind that the plan is not for."""
+        texts, self._unfit_here = self._unfit_here, []
+        if not texts:
+            return run
+
+        def counting(*args: Any) -> Any:
+            for text in texts:
+                self.unfit[text] = self.unfit.get(text, 0) + 1
+            return run(*args)
+
+        return counting
+
     def _standing(self, match: Match | SampledMatch, decision: Decision) -> Implementation | None:
         """What a decision for this site comes to in this call; None for the original code."""
         site = match.site
@@ -106,10 +124,12 @@ class Selector:
             return None
         instead = "it is computed exactly" if self.decide_unknown else f"it runs {_in_words(decision.otherwise)}"
         if decision.fidelity != "exact" and not fits(site, decision.site):
-            self.note(
+            text = (
                 f"{site.path}: this call is not the one that the plan was made for ({site.key()} instead of "
                 f"{decision.site}); {instead}"
             )
+            self.note(text)
+            self._unfit_here.append(text)
             return self._otherwise(site, decision)
         parts: list[tuple[Sequence[int], Implementation]] = []
         groups = decision.heads or (
@@ -175,7 +195,8 @@ class Selector:
             for path, seen in self.outside.items()
             if seen.calls
         ]
-        return [*self.notes, *longer]
+        counts = [f" ({self.unfit[note]} calls)" if self.unfit.get(note) else "" for note in self.notes]
+        return [*map("".join, zip(self.notes, counts, strict=True)), *longer]
 
     def learned(self, decision: Decision) -> nn.Module:
         """The one module of a decision for a learned variant, with the plan's parameters where it has them."""
