@@ -15,6 +15,8 @@ from rewriter.capture import compiled
 from rewriter.guard import error, tolerance
 from rewriter.lower import Lowered, lay_out, memory_order
 from rewriter.raising import Match
+from rewriter.sampled import SampledMatch
+from rewriter.select import Selector
 from rewriter.variant import variants
 
 ATEN = torch.ops.aten
@@ -133,13 +135,14 @@ def test_scores_that_are_used_elsewhere_stay(rewrite: Any) -> None:
         assert error(actual, wanted) <= tolerance(torch.float32)
 
 
-class Chosen:
+class Chosen(Selector):
     """Chooses by path."""
 
     def __init__(self, choices: dict[str, Any]) -> None:
+        super().__init__()
         self.choices = choices
 
-    def choose(self, match: Match) -> Any:
+    def choose(self, match: Match | SampledMatch) -> Any:
         return self.choices.get(match.site.path)
 
 
