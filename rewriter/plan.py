@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -202,7 +201,7 @@ class Plan:
     @property
     def by_length(self) -> frozenset[str]:
         """The paths on which short calls and long ones have decisions of their own."""
-        return frozenset(path for path, count in Counter(d.path for d in self.decisions).items() if count > 1)
+        return frozenset(path for path, own in by_path(self.decisions).items() if len(own) > 1)
 
     def keys_of(self, decision: Decision) -> str:
         """How many keys its calls have, in words; "" where no other decision is on its path."""
@@ -251,6 +250,14 @@ class Plan:
         for row in rows:
             lines.append("  ".join((*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3])))
         return "\n".join(lines)
+
+
+def by_path(decisions: Sequence[Decision]) -> dict[str, list[Decision]]:
+    """The decisions on each site, that for the longest calls first."""
+    found: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        found.setdefault(decision.path, []).append(decision)
+    return {path: sorted(own, key=lambda d: d.most, reverse=True) for path, own in found.items()}
 
 
 def decided(decisions: Sequence[Decision]) -> str:

@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from rewriter.errors import OutputError, PlanError
-from rewriter.plan import FIDELITIES, FILE, FORMAT, MIXED, Decision, HeadGroup, Plan, Tried
+from rewriter.plan import FIDELITIES, FILE, FORMAT, MIXED, Decision, HeadGroup, Plan, Tried, by_path
 
 T = TypeVar("T")
 
@@ -63,10 +63,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 def check_told_apart(decisions: Sequence[Decision]) -> None:
     """Raises PlanError where two of them on one path are for calls of one length."""
-    by_path: dict[str, list[Decision]] = {}
-    for decision in decisions:
-        by_path.setdefault(decision.path, []).append(decision)
-    for path, own in by_path.items():
+    for path, own in by_path(decisions).items():
         ranges = sorted(d.lengths for d in own if d.lengths is not None)
         if len(own) - len(ranges) > 1 or any(b[0] <= a[1] for a, b in itertools.pairwise(ranges)):
             raise PlanError(f"it decides more than once on {path or '<root>'} for calls of one length; keep one")

@@ -14,7 +14,7 @@ from rewriter.errors import PlanError, brief
 from rewriter.exact import decide_exact, doubt_of
 from rewriter.instances import Run
 from rewriter.mixture import ByHeads, ByLength, Outside, UpTo, of_heads
-from rewriter.plan import Decision, HeadGroup, Plan, module_name, own_version
+from rewriter.plan import Decision, HeadGroup, Plan, by_path, module_name, own_version
 from rewriter.plan_check import variant_named
 from rewriter.raising import Match
 from rewriter.region import Region, region_of
@@ -57,10 +57,7 @@ class Selector:
         """Takes what the plan says. Made on this machine with these versions, nothing is measured; else each kind of
         site is looked at once, whether what the plan says is right and worth it here too.
         """
-        by_path: dict[str, list[Decision]] = {}
-        for decision in plan.decisions:
-            by_path.setdefault(decision.path, []).append(decision)
-        ordered = {path: sorted(own, key=lambda d: d.most, reverse=True) for path, own in by_path.items()}
+        ordered = by_path(plan.decisions)
         decisions = {path: own[0] for path, own in ordered.items()}
         here = Target.current(str(plan.target.get("device", "cpu"))).to_json()
         changed = [name for name, value in here.items() if plan.target.get(name) != value]
