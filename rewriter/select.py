@@ -92,7 +92,7 @@ class Selector:
 
     def counted(self, run: Run) -> Run:
         """The graph whose sites were chosen last; its calls are counted if it is of a kind that the plan is not for."""
-        texts, self._unfit_here = self._unfit_here, []
+        texts, self._unfit_here = dict.fromkeys(self._unfit_here), []  # decisions of one path may say the same
         if not texts:
             return run
 

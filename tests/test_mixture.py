@@ -109,6 +109,17 @@ def test_another_kind_of_call_runs_what_is_exact() -> None:
     assert report is not None and any(note.endswith("it runs sdpa (3 calls)") for note in report.notes)
 
 
+def test_a_call_that_no_decision_of_a_path_is_for_is_counted_once() -> None:
+    plan = planned(lengths=(1, 200), otherwise="sdpa")
+    longer = dataclasses.replace(plan.decisions[0], lengths=(201, 400))
+    model = rewriter.apply(Net(), dataclasses.replace(plan, decisions=(longer, *plan.decisions)), dynamic=True)
+    x = data(300).double()
+    assert error(model(x), Net()(x)) <= tolerance(torch.float64)
+    assert error(model(x), Net()(x)) <= tolerance(torch.float64)
+    report = rewriter.report_of(model)
+    assert report is not None and any(note.endswith("it runs sdpa (2 calls)") for note in report.notes)
+
+
 def test_what_runs_otherwise_must_be_exact() -> None:
     with pytest.raises(PlanError, match=r"sliding_window at .* where nothing was measured"):
         rewriter.apply(Net(), planned(lengths=(1, 9), otherwise="sliding_window"))
