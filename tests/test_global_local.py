@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.codegen import cpp
+from rewriter.codegen.blocks import lists_of
+from rewriter.codegen.families import kernels_of
+from rewriter.codegen.formula import reading
+from rewriter.codegen.native import compiler
 from rewriter.kernels.exact import sdpa
-from rewriter.kernels.sparse.global_local import Cache, GlobalLocal
+from rewriter.kernels.sparse.global_local import VARIANT, Cache, GlobalLocal, formula, read, reference
 from rewriter.raising import Operands
 from rewriter.recover import fit
-from rewriter.site import AttentionSite, Causal
-from rewriter.testing import inputs
+from rewriter.site import AttentionSite, Causal, Padding
+from rewriter.testing import assert_close, inputs
 from rewriter.variant import variants
 
 SITE = AttentionSite(
@@ -153,3 +161,118 @@ def test_the_queries_that_see_the_most_come_first(monkeypatch: pytest.MonkeyPatc
     site = replace(SITE, q_len=1100, kv_len=1100)
     made(site, 4)(*inputs(site, seed=2)[:3], None, None)
     assert seen == [76 + 1024 // 4 + 18, *(256 + start // 4 + 63 for start in (768, 512, 256, 0))]
+
+
+# --- generated kernels -----------------------------------------------------------------------------------------------
+
+
+def listed(site: AttentionSite, block: int, size: int, padding: Tensor | None = None) -> tuple[int, Tensor]:
+    """How many blocks of `size` by `size` a kernel visits, and the pairs that are seen, by the words of the paper."""
+    module = made(site, block)
+    assert isinstance(module, GlobalLocal)
+    query, key, value, *_ = inputs(site, seed=8)
+    (query, keys, _, _, real), mass = module._of_all(query, key, value, padding)
+    tensors = read(query, keys, real, mass=mass, block=block) | ({} if real is None else {"padding": real})
+    before, q_len = mass.shape[2], query.shape[2]
+    visited = lists_of(reading(formula(site, {"block": block}), tensors))(query, keys, tensors, size, size).visited
+    i = torch.arange(key.shape[2] - q_len, key.shape[2])[:, None]
+    first = key.shape[2] - keys.shape[2] + before
+    j, n = torch.arange(first, key.shape[2]), torch.arange(before)
+    seen = torch.cat([n < i // block, (j <= i) & (j >= i // block * block)], 1).expand(len(key), -1, -1)
+    return visited, seen if real is None else seen & real[:, None]
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize(("block", "q_len", "kv_len"), [(4, 515, 515), (16, 515, 515), (64, 130, 515), (7, 70, 515)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_that_hold_a_pair_are_visited(block: int, q_len: int, kv_len: int, size: int, padded: bool) -> None:
+    padding = torch.ones(2, kv_len, dtype=torch.bool)
+    padding[0, :150] = padding[1, 500:] = False
+    visited, seen = listed(replace(SITE, q_len=q_len, kv_len=kv_len), block, size, padding if padded else None)
+    whole = F.pad(seen, (0, -seen.shape[2] % size, 0, -seen.shape[1] % size))
+    some = whole.unflatten(2, (-1, size)).unflatten(1, (-1, size)).any(4).any(2)
+    if padded:  # at an edge a block may hold real tokens, and tokens that are seen, and none that are both
+        assert some.sum() <= visited <= 1.1 * some.sum()
+    else:
+        assert visited == some[0].sum()
+
+
+@pytest.mark.parametrize("block", [4, 16, 64])
+def test_work_is_that_of_blocks_before_and_the_own(block: int) -> None:
+    """Of 64 x 64: those of half of all pairs of a query and a block, and two or three on the diagonal."""
+    site, n = replace(SITE, batch=1, q_len=8192, kv_len=8192), 8192 // 64
+    visited, _ = listed(site, block, 64)
+    most = n * (n // block + 1) // 2 + 3 * n
+    assert most // 2 < visited <= most
+    assert 8 * visited < n * (n + 1) // 2 * (8 if block == 4 else 3)
+
+
+CASES = [
+    (4, "float32", 500, False), (16, "float32", 300, True), (64, "bfloat16", 500, True), (7, "bfloat16", 90, False),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("block", "dtype", "q_len", "padded"), CASES)
+def test_generated_code_on_a_cpu(
+    block: int, dtype: str, q_len: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the faster one: of a whole sequence, of a part of it, and of what a cache holds."""
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] + [1.0] * (len(times) - 1))
+    monkeypatch.setattr("rewriter.codegen.implementation.recall", lambda kind, place: None)
+    calls, attend = [], cpp.Attention.__call__
+    monkeypatch.setattr(cpp.Attention, "__call__", lambda *given, **more: calls.append(0) or attend(*given, **more))
+    site = replace(SITE, dtype=dtype, q_len=q_len, kv_len=515)
+    query, key, value, *_ = inputs(site, seed=9)
+    padding = torch.ones(2, 515, dtype=torch.bool)
+    padding[0, :100] = padding[1, 510:] = not padded
+    real = padding if padded else None
+    module = made(site, block, moved=0.3)
+    assert isinstance(module, GlobalLocal)
+    expected = reference(query.double(), key.double(), value.double(), None, real, site, {"block": block}, module)
+    with torch.no_grad():
+        assert_close(module(query, key, value, None, real), expected, site.torch_dtype)
+        assert calls
+        calls.clear()
+        module(query[:, :, -1:], key, value, None, real)
+        assert not calls, "one query is not worth a kernel on a CPU"
+        cache, start = Cache(module), 515 - q_len
+        cache.step(
+            key[:, :, :start].repeat_interleave(2, 1), key[:, :, :start], value[:, :, :start], padding[:, :start]
+        )
+        calls.clear()
+        out = cache.step(query, key[:, :, start:], value[:, :, start:], padding[:, start:])
+        assert calls
+        assert_close(out, expected, site.torch_dtype)
+
+
+def test_a_step_of_decoding_copies_what_it_sees() -> None:
+    site = replace(SITE, q_len=1, kv_len=515)
+    module = made(site, 16)
+    assert isinstance(module, GlobalLocal)
+    (_, keys, values, _, _), mass = module._of_all(*inputs(site, seed=2)[:3], None)
+    assert keys.shape[2] == values.shape[2] == 515 // 16 + 515 % 16 and mass.shape[2] == 32
+    assert module.pairs(*inputs(site, seed=2)[:3], None, None) == 2 * 4 * (32 + 3)
+
+
+def test_copies_choose_for_themselves() -> None:
+    """What was built belongs to one process."""
+    site = replace(SITE, q_len=200, kv_len=200)
+    module, given = made(site, 16, moved=0.3), inputs(site, seed=3)
+    with torch.no_grad():
+        expected = module(*given)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert_close(other(*given), expected, torch.float32)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_for_other_machines(target: str) -> None:
+    pytest.importorskip("triton")
+    site = replace(SITE, head_dim=64, v_head_dim=64, dtype="bfloat16", mask=Causal() & Padding())
+    kernels = kernels_of(formula(site, {"block": 16}), site)
+    assert VARIANT.formula is formula
+    for name in kernels.names:
+        binary = kernels.binary(name, kernels.default(name, target), target)
+        assert binary.loop is not None and binary.loop.tensor_core
+        assert name != "forward" or binary.spills == 0

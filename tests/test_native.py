@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from dataclasses import replace
@@ -303,6 +304,46 @@ def test_a_growing_cache_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> No
             built(query, key, key, None, None)
             built(query[:, :, :1], key, key, None, None)  # a single query is not worth a kernel
     assert len(asked) == 1
+
+
+def test_times_are_of_one_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one site, by two kernels whose texts say their config alone."""
+    asked = []
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: asked.append(times) or [2.0] * len(times))
+    monkeypatch.setattr(Generated, "_on_cpu", lambda self, given, own: iter([("a config", self.plain)]))
+    query = torch.randn(1, 2, 64, 48)
+    for window in (3, 5, 3):
+        built = Generated(Formula((near,), numbers={"window": window}), SITE, lambda *given: given[0])
+        with torch.no_grad():
+            built(query, query, query, None, None)
+    assert len(asked) == 2
+
+
+def test_tensors_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given with a call: to what makes of them what the formula reads, and to the plain way, for gradients."""
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] + [1.0] * (len(times) - 1))
+    formula, names = Formula(scores=(alibi,)), list[str]()
+
+    def reads(query: Tensor, key: Tensor, padding: Tensor | None, *, rate: Tensor) -> dict[str, Tensor]:
+        names.append("reads")
+        return {"slopes": 2 * rate}
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, *rest: Any, rate: Tensor) -> Tensor:
+        names.append("plain")
+        return formula.reference(query, key, value, SITE.scale, slopes=2 * rate)
+
+    built, query = Generated(formula, SITE, plain, reads), torch.randn(1, 2, 64, 16)
+    rate = torch.rand(2, requires_grad=True)
+    expected = formula.reference(query, query, query, SITE.scale, slopes=2 * rate)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), rate)
+    out = built(query, query, query, None, None, rate=rate)
+    assert names == ["plain"] and torch.equal(torch.autograd.grad(out.square().sum(), rate)[0], wanted)
+    with torch.no_grad():
+        built(query, query, query, None, None, rate=rate)
+        names.clear()
+        for each in (built, copy.deepcopy(built)):
+            assert error(each(query, query, query, None, None, rate=rate), expected) <= tolerance(torch.float32)
+    assert set(names) == {"reads"}
 
 
 def test_what_is_added_and_what_hides_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,17 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from rewriter.codegen.configs import default  # noqa: E402
+from rewriter.codegen.expression import kind_of_type  # noqa: E402
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, reading, tokens  # noqa: E402
-from rewriter.codegen.fragments import Blocks  # noqa: E402
+from rewriter.codegen.fragments import Blocks, captured  # noqa: E402
+from rewriter.codegen.implementation import Generated  # noqa: E402
 from rewriter.codegen.softmax import SoftmaxKernel, contenders  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
 from rewriter.site import AttentionSite, Padding  # noqa: E402
 from rewriter.target import Target  # noqa: E402
-from rewriter.variant import variants  # noqa: E402
+from rewriter.testing import inputs  # noqa: E402
+from rewriter.variant import Case, Variant, variants  # noqa: E402
 from tests.formulas import alibi, near, same_segment, unusual  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -102,12 +105,54 @@ def declared() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("formula", "site"), [*declared()])
 def test_formulas_of_variants(formula: Formula, site: AttentionSite) -> None:
-    """A few of the last queries, and more keys than small patterns repeat after."""
+    """A few of the last queries, and more keys than small patterns repeat after. What is read beyond is anything."""
     tensors = {"padding": torch.rand(1, 300) < 0.7} if site.mask.has(Padding) else {}
+    kinds = {name: kind_of_type(dtype) for name, dtype in formula.types.items()}
+    for name, rank in captured(*formula.expressions(kinds)).items():
+        floats = torch.rand((5,) * rank)
+        tensors[name] = floats.requires_grad_() if kinds[name] == "float" else (9 * floats).to(formula.types[name])
     compared(
         reading(formula, tensors), heads=site.heads, kv_heads=site.kv_heads, q_len=19, kv_len=300, batch=1,
         blocks=Blocks(32, 64), sink=torch.randn(site.heads) if formula.sink else None, **tensors,
     )  # fmt: skip
+
+
+LEARNED = [
+    pytest.param(variant, case, id=f"{variant.name}-{number}")
+    for variant in variants().values()
+    for number, case in enumerate(variant.cases)
+    if variant.fidelity == "learned" and any(f"{variant.name}-{number}" == each.id for each in declared())
+]
+
+
+@pytest.mark.parametrize(("variant", "case"), LEARNED)
+@pytest.mark.parametrize("q_len", [90, 21])
+def test_variants_that_are_learned(variant: Variant, case: Case, q_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole implementation by kernels, with gradients of operands and parameters, beside its definition."""
+    calls = []
+
+    def launched(self: Generated, *given: Any, **own: Tensor) -> Tensor:
+        calls.append(self)
+        return self._called(SoftmaxKernel(self._seen(given, own)[0], Blocks(32, 32)))(*given, **own)
+
+    monkeypatch.setattr(Generated, "__call__", launched)
+    site = case.site.sized(batch=2, q_len=q_len, kv_len=90)
+    config = next(iter(case.configs or variant.configs(case.site, Target.current())))
+    built: Any = variant.build(site, config).to(DEVICE)  # type: ignore[attr-defined]
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter.data, mean=0.5, std=0.3)
+    given: Any = [t if t is None else t.to(DEVICE) for t in inputs(site, seed=4)]
+    operands = [t.requires_grad_() for t in given[:3]]
+    out = built(*operands, *given[3:])
+    assert calls and out.dtype == site.torch_dtype
+    wide = [t.double() for t in operands]
+    expected = variant.reference(*wide, *given[3:], site, config, module=built)
+    assert error(out.double(), expected) <= tolerance(out.dtype)
+    leaves, above = [*operands, *built.parameters()], torch.randn_like(out)
+    actual = torch.autograd.grad(out, leaves, above)
+    wanted = torch.autograd.grad(expected, leaves, above.double())
+    for got, truth in zip(actual, wanted, strict=True):
+        assert error(got.double(), truth.double()) <= 2 * tolerance(out.dtype)
 
 
 def test_every_key() -> None:

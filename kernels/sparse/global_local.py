@@ -12,10 +12,12 @@ w, u = 1 and m = 0 at the start, for each key/value head: the paper's embedder b
 log(c_n) gives a block the weight of its tokens, so that nothing changes where keys and values of a block are equal.
 Exact while all keys are in one block; else w, u and m are fitted. Padding counts for nothing.
 
-Blocks are counted from the first key: a finished one does not change while a cache grows. Work is O(N (r + N / b)) with
-r = max(b, 256), the queries of one call, which are scored against their own keys; memory O(N). The cache of a host
-still holds all keys, and a step of decoding reads them all to make the blocks anew. `Cache` is one that holds N / b + b
-of them: a key for each finished block and those of the last one.
+Blocks are counted from the first key: a finished one does not change while a cache grows. A query sees N / b + b keys
+at most. Kernels are generated for those of the blocks and behind them the tokens, and visit no others, in whole blocks
+of theirs; without one, as for gradients on a CPU, some 256 queries are scored against all that any of them sees. Memory
+is O(N). The cache of a host still holds all keys, and a step of decoding reads them all to make the blocks anew, but
+attends to no more than it sees. `Cache` is one that holds N / b + b of them: a key for each finished block and those of
+the last one.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewriter.codegen.formula import Formula
+from rewriter.codegen.implementation import Generated
 from rewriter.errors import OptionError
 from rewriter.kernels.exact import sdpa
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
@@ -35,7 +41,7 @@ from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
 
 _BLOCKS = (4, 16, 64)  # the paper's first
-_ROWS = 256  # queries in one call
+_ROWS = 256  # queries in one call of the plain implementation
 _TOKENS = (2, 2, 1)  # the axes of tokens, or of blocks, in keys, values and what is said of them
 
 
@@ -65,6 +71,86 @@ def reference(
     return weights @ torch.cat([value, values], 2)
 
 
+def seen(i: Any, j: Any, first: Any, block: int) -> Any:
+    """The first token stands at `first[0]`, behind a key of each block before the last query's, in block `first[1]`."""
+    place, token = i - first[0], j - first[0]
+    own = (place // block).clamp(min=0)
+    return ((token >= own * block) & (token <= place)) | ((token < 0) & (j < own + first[1]))
+
+
+def weighed(s: Any, b: Any, h: Any, j: Any, mass: Any, group: int) -> Any:
+    """What is added to the score of a key, (B, Hkv, n): log(c_n) + m, and 0 for a token."""
+    return s + mass[b, h // group, j]
+
+
+def formula(site: AttentionSite, config: Config) -> Formula:
+    """Of the keys of all blocks before the last query's, and then the tokens."""
+    block = int(config["block"])
+    if block < 1:
+        raise OptionError(f"blocks of {block} tokens: a block has at least one")
+    numbers = {"block": block, "group": site.heads // site.kv_heads}
+    return Formula((seen,), (weighed,), numbers, types={"first": torch.int64, "mass": torch.float32})
+
+
+def read(query: Tensor, key: Tensor, padding: Tensor | None, *, mass: Tensor, block: int) -> dict[str, Tensor]:
+    """What the formula reads, from the mass of the blocks that are among the keys, (B, Hkv, n)."""
+    before, tokens = mass.shape[2], key.shape[2] - mass.shape[2]
+    return {"mass": F.pad(mass, (0, tokens)), "first": _first(before, before - (tokens - 1) // block, key.device)}
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _first(*numbers: Any) -> Tensor:
+    """The same tensor for all layers, for which lists of blocks are remembered."""
+    *places, device = numbers
+    return torch.tensor(places, device=device)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    mass: Tensor,
+    block: int,
+    scale: float,
+) -> Tensor:
+    """Some queries at a time, with a copy of the keys that any of them sees. `mask` is not read."""
+    before, heads = mass.shape[2], query.shape[1]
+    kv_len = key.shape[2] - before  # of the tokens, from the first of which positions are counted
+    past, gone = kv_len - query.shape[2], before - (kv_len - 1) // block
+    if padding is not None:
+        mass = mass.masked_fill(~padding[:, None, :before], float("-inf"))
+    mass = mass.repeat_interleave(heads // mass.shape[1], 1)
+    step, bounds, out = max(_ROWS // block, 1) * block, [past], []
+    while bounds[-1] < kv_len:
+        bounds.append(min(bounds[-1] // block * block + step, kv_len))
+    # The last see the most: what they leave free holds all others, where growing parts would each be new memory.
+    for start, stop in reversed([*itertools.pairwise(bounds)]):
+        first, whole = start // block * block, (stop - 1) // block + gone  # blocks that some query sees as one key
+        own = slice(before + first, before + stop)
+        i = torch.arange(start, stop, device=query.device)[:, None]
+        j, n = torch.arange(first, stop, device=query.device), torch.arange(whole, device=query.device)
+        far = mass[:, :, None, :whole].masked_fill(n >= i // block + gone, float("-inf"))
+        shown = ((j <= i) & (i // block == j // block))[None, None]
+        if padding is not None:
+            shown = shown & padding[:, None, None, own]
+        near = far.new_zeros(shown.shape).masked_fill_(~shown, float("-inf")).expand(len(far), heads, -1, -1)
+        o = sdpa.attend(
+            query[:, :, start - past : stop - past],
+            torch.cat([key[:, :, :whole], key[:, :, own]], 2),
+            torch.cat([value[:, :, :whole], value[:, :, own]], 2),
+            torch.cat([far, near], -1),
+            None,
+            scale=scale,
+            positional=Full(),
+        )
+        out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
+    return torch.cat(out[::-1], 1).transpose(1, 2)
+
+
 class GlobalLocal(nn.Module):
     """An `Implementation` with the embedder of each key/value head, in float32: the weights of the places of a block in
     its key and in its value, (Hkv, b) each, and what is added to the logarithm of its tokens, (Hkv,).
@@ -72,9 +158,9 @@ class GlobalLocal(nn.Module):
 
     def __init__(self, site: AttentionSite, config: Config) -> None:
         super().__init__()
-        self.block, self.scale = int(config["block"]), site.scale
-        if self.block < 1:
-            raise OptionError(f"blocks of {self.block} tokens: a block has at least one")
+        self.block = int(config["block"])
+        plain = partial(attend, block=self.block, scale=site.scale)
+        self.inner = Generated(formula(site, config), site, plain, partial(read, block=self.block))
         shape = (site.kv_heads, self.block)
         self.key_weights = nn.Parameter(torch.ones(shape, device=site.device))
         self.value_weights = nn.Parameter(torch.ones(shape, device=site.device))
@@ -95,44 +181,32 @@ class GlobalLocal(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal, and `padding`."""
-        real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
-        return self.attended(query, key, value, real, self.embedded(key, value, real))
+        operands, mass = self._of_all(query, key, value, padding)
+        return self.inner(*operands, mass=mass)
 
-    def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor, embedded: Sequence[Tensor], gone: int = 0
-    ) -> Tensor:
-        """Of the last queries, (B, H, Sq, Dv), with what is `embedded` of all blocks, and the tokens of the last ones:
-        those of the first `gone` blocks are not needed.
+    def pairs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> int:
+        """How many pairs of a query and a token or a block this call shows."""
+        operands, mass = self._of_all(query, key, value, padding)
+        return self.inner.pairs(*operands, mass=mass)
+
+    def _of_all(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> tuple[Any, Tensor]:
+        real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
+        gone = max(key.shape[2] - query.shape[2], 0) // self.block  # before the first query's
+        rest, embedded = slice(gone * self.block, None), self.embedded(key, value, real)
+        padding = None if padding is None else padding[:, rest]
+        return self.operands(query, key[:, :, rest], value[:, :, rest], padding, embedded, gone)
+
+    def operands(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, embedded: Sequence[Tensor], gone: int
+    ) -> tuple[Any, Tensor]:
+        """What `inner` takes: operands, and the mass of blocks. Given are the last queries, what is `embedded` of all
+        blocks, and the tokens behind the first `gone` ones.
         """
-        begin, (blocks, values, counts) = gone * self.block, embedded
-        kv_len = begin + key.shape[2]
-        past = kv_len - query.shape[2]
-        mass, groups = counts.clamp(min=1).log()[:, None] + self.mass[:, None], query.shape[1] // key.shape[1]
-        mass = mass.masked_fill((counts == 0)[:, None], float("-inf")).repeat_interleave(groups, 1)
-        step, bounds, out = max(_ROWS // self.block, 1) * self.block, [past], []
-        while bounds[-1] < kv_len:
-            bounds.append(min(bounds[-1] // self.block * self.block + step, kv_len))
-        # The last see the most: what they leave free holds all others, where growing parts would each be new memory.
-        for start, stop in reversed([*itertools.pairwise(bounds)]):
-            first = start // self.block * self.block  # of the block, which may begin before the queries
-            own = slice(first - begin, stop - begin)
-            before = (stop - 1) // self.block  # blocks of which some query sees the whole
-            i = torch.arange(start, stop, device=query.device)[:, None]
-            j, n = torch.arange(first, stop, device=query.device), torch.arange(before, device=query.device)
-            far = mass[:, :, None, :before].masked_fill(n >= i // self.block, float("-inf"))
-            seen = (j <= i) & (i // self.block == j // self.block) & real[:, None, None, own]
-            near = far.new_zeros(seen.shape).masked_fill_(~seen, float("-inf")).expand(-1, far.shape[1], -1, -1)
-            o = sdpa.attend(
-                query[:, :, start - past : stop - past],
-                torch.cat([blocks[:, :, :before], key[:, :, own]], 2),
-                torch.cat([values[:, :, :before], value[:, :, own]], 2),
-                torch.cat([far, near], -1),
-                None,
-                scale=self.scale,
-                positional=Full(),
-            )
-            out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
-        return torch.cat(out[::-1], 1).transpose(1, 2)
+        before = gone + (key.shape[2] - 1) // self.block
+        blocks, values, counts = (t.narrow(axis, 0, before) for t, axis in zip(embedded, _TOKENS, strict=True))
+        real = None if padding is None else torch.cat([counts > 0, padding], 1)
+        mass = counts.clamp(min=1).log()[:, None] + self.mass[:, None]
+        return (query, torch.cat([blocks, key], 2), torch.cat([values, value], 2), None, real), mass
 
 
 class Cache:
@@ -151,7 +225,8 @@ class Cache:
         tokens = _joined(self.last, (key, value, real))
         keys, values, real = tokens
         new = self.module.embedded(keys, values, real)
-        out = self.module.attended(query, keys, values, real, _joined(self.finished, new), self.gone)
+        operands, mass = self.module.operands(query, keys, values, real, _joined(self.finished, new), self.gone)
+        out = self.module.inner(*operands, mass=mass)
         done, rest = divmod(keys.shape[2], self.module.block)
         whole = [t.narrow(axis, 0, done) for t, axis in zip(new, _TOKENS, strict=True)]
         self.finished = _joined(self.finished, whole)
@@ -211,6 +286,7 @@ VARIANT = Variant(
     applies=applies,
     configs=configs,
     build=build,
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, dtype="bfloat16", q_len=515, kv_len=515), configs=[{"block": 64}]),

@@ -57,6 +57,7 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     elif site.mask.has(Dense):
         types["mask"] = torch.bool
     formula = reading(formula, types)
+    types = {**formula.types, **types}
     kinds = {name: kind_of_type(dtype) for name, dtype in types.items()}
 
     def default(kernel: str, target: str) -> Blocks:

@@ -31,9 +31,9 @@ _FEWEST = 16
 
 FormulaOf = Callable[[AttentionSite, Config], Formula]
 Build = Callable[[AttentionSite, Config], Implementation]
-Reads = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
-"""What a formula reads of a call beside its mask and padding, made from query, key and padding: a map of blocks, say.
-It is part of the call, and of what is measured.
+Reads = Callable[..., dict[str, Tensor]]
+"""What a formula reads of a call beside its mask and padding, made from query, key and padding, and from the tensors
+that are the variant's own: a map of blocks, say. It is part of the call, and of what is measured.
 """
 
 
@@ -95,42 +95,68 @@ class Generated:
         self,
         formula: Formula,
         site: AttentionSite,
-        plain: Implementation,
+        plain: Callable[..., Tensor],
         reads: Reads | None = None,
         order: Order | None = None,
     ) -> None:
         self.formula, self.site, self.reads, self.order = formula, site, reads, order
-        self.plain = order.around(plain) if order else plain
-        self._chosen: dict[Any, Implementation] = {}
+        self.plain: Callable[..., Tensor] = order.around(plain) if order else plain
+        self._chosen: dict[Any, Callable[..., Tensor]] = {}
+        self.name = _registered(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_chosen": {}}  # a built kernel is of one process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self.name = _registered(self)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        /,
+        *sink: Tensor,
+        **own: Tensor,
     ) -> Tensor:
-        """(B, H, Sq, Dv)."""
+        """(B, H, Sq, Dv). What is the variant's `own` goes to the plain implementation, and to what `reads`; gradients
+        flow to it, too.
+        """
         given: Any = (query, key, value, mask, padding, *sink)
-        learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        every = [t for t in (*given, *own.values()) if t is not None]
+        learned = torch.is_grad_enabled() and any(t.requires_grad for t in every)
         on_gpu = query.device.type == "cuda"
-        if learned and not on_gpu:
-            return self.plain(*given)
+        if (learned and not on_gpu) or (own and traced(query)):
+            return self.plain(*given, **own)
         if traced(query):  # one node in the graph, measured when it runs
             out: Tensor = attend(query, key, value, mask, padding, sink[0] if sink else None, self.name)
             return out
-        if any(t is not None and transformed(t) for t in given):
-            return next(self._on_gpu(given))[1](*given) if on_gpu else self.plain(*given)
-        return self._fastest(given, learned)(*given)
+        if any(transformed(t) for t in every):
+            return next(self._on_gpu(given, own))[1](*given, **own) if on_gpu else self.plain(*given, **own)
+        return self._fastest(given, own, learned)(*given, **own)
 
     def pairs(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        /,
+        *sink: Tensor,
+        **own: Tensor,
     ) -> int:
         """How many pairs of a query and a key this call shows."""
-        formula, tensors, standing = self._seen((query, key, value, mask, padding))
+        formula, tensors, standing = self._seen((query, key, value, mask, padding), own)
         if self.order:
             formula = replace(formula, masks=(*formula.masks, _somewhere))
             tensors["lies"] = self.order.places[0] >= 0
         return pairs_of(formula, *standing, tensors)
 
-    def _fastest(self, given: Any, learned: bool) -> Implementation:
+    def _fastest(self, given: Any, own: dict[str, Tensor], learned: bool) -> Callable[..., Tensor]:
         query, key, value, *others = given
         on_gpu = query.device.type == "cuda"
         if query.shape[2] < _FEWEST and not on_gpu:
@@ -140,15 +166,15 @@ class Generated:
         sizes = (*query.shape[:2], key.shape[1], *lengths, query.shape[3], value.shape[3])
         place = (*sizes, str(query.dtype), *(None if each is None else str(each.dtype) for each in others), learned)
         if place not in self._chosen:
-            made = dict(self._on_gpu(given) if on_gpu else self._on_cpu(given))
-            self._chosen[place] = self._measured(given, place, made) if made else self.plain
+            made = dict(self._on_gpu(given, own) if on_gpu else self._on_cpu(given, own))
+            self._chosen[place] = self._measured(given, own, place, made) if made else self.plain
         return self._chosen[place]
 
-    def _on_cpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
+    def _on_cpu(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         """Generated C++, each with a text that says which, none without a compiler; and copies of keys, where the
         plain implementation is another and the mask hides most.
         """
-        formula, tensors, standing = self._seen(given)
+        formula, tensors, standing = self._seen(given, own)
         for size in cpp.sizes(formula, *standing, tensors):
             made = cpp.attention(formula, given[0], given[2], tensors, size, self.order.places if self.order else None)
             if isinstance(made, Refusal):
@@ -159,53 +185,66 @@ class Generated:
         ):
             yield "gathered", Gathered(self.formula, self.site.scale)
 
-    def _on_gpu(self, given: tuple[Any, ...]) -> Iterator[tuple[str, Implementation]]:
+    def _on_gpu(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         """Generated Triton, each with a text that says which."""
         from rewriter.codegen.softmax import contenders
 
-        formula, tensors, standing = self._seen(given)
+        formula, tensors, standing = self._seen(given, own)
         for made in contenders(formula, tensors, *standing):
             yield str(made), self._called(made)
 
-    def _seen(self, given: tuple[Any, ...]) -> tuple[Formula, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    def _seen(
+        self, given: tuple[Any, ...], own: dict[str, Tensor]
+    ) -> tuple[Formula, dict[str, Tensor], tuple[Tensor, Tensor]]:
         """The formula of a call, what it reads, and tensors of the shapes of the queries and keys that it speaks of."""
         query, key, _, mask, padding, *_ = given
         if self.order:
             query, key = cpp.placed(query, key, self.order.places)
             mask, padding = self.order.said(mask, padding)
-        return reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding), (query, key)
+        return reading(self.formula, passed(mask, padding)), self._tensors(query, key, mask, padding, own), (query, key)
 
-    def _tensors(self, query: Tensor, key: Tensor, mask: Tensor | None, padding: Tensor | None) -> dict[str, Tensor]:
+    def _tensors(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, padding: Tensor | None, own: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """All that the formula reads of a call, by name."""
-        more = self.reads(query, key, padding) if self.reads else {}
+        more = self.reads(query, key, padding, **own) if self.reads else {}
         return {**passed(mask, padding), **more}
 
-    def _called(self, made: Callable[..., Tensor]) -> Implementation:
+    def _called(self, made: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """With the tensors of a call by their names. C++ goes by the places of an order; other kernels take the tokens
         in this order.
         """
         order, by_places = self.order, isinstance(made, cpp.Attention)
 
         def run(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, /, *sink: Tensor
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            padding: Tensor | None,
+            /,
+            *sink: Tensor,
+            **own: Tensor,
         ) -> Tensor:
-            own = sink[0] if sink else None
+            learned = sink[0] if sink else None
             if order and by_places:
                 mask, padding = order.said(mask, padding)
-            return made(query, key, value, self.site.scale, sink=own, **self._tensors(query, key, mask, padding))
+            read = self._tensors(query, key, mask, padding, own)
+            return made(query, key, value, self.site.scale, sink=learned, **read)
 
         return order.around(run) if order and not by_places else run
 
-    def _measured(self, given: Any, sizes: tuple[Any, ...], made: dict[str, Implementation]) -> Implementation:
+    def _measured(
+        self, given: Any, own: dict[str, Tensor], sizes: tuple[Any, ...], made: dict[str, Callable[..., Tensor]]
+    ) -> Callable[..., Tensor]:
         from rewriter.tune.measure import alternate, medians
 
         device = given[0].device
-        numbers = sorted(self.formula.numbers.items()) if self.reads else []  # what is read is in no text of a kernel
-        place = json.dumps([self.site.key(), *made, *numbers, sizes, Target.current(device).to_json()])
+        place = json.dumps([_said(self), *made, sizes, Target.current(device).to_json()])
         candidates = {"plain": self.plain, **made}
         taken: dict[str, float] | None = recall("attention, by name", place)
         if taken is None:
-            fitting = {name: run for name, each in candidates.items() if (run := _tried(each, given))}
+            fitting = {name: run for name, each in candidates.items() if (run := _tried(each, given, own))}
             times = medians(alternate(list(fitting.values()), repeats=3, budget=2.0))
             taken = dict(zip(fitting, times, strict=True))
             remember("attention, by name", place, taken)
@@ -224,13 +263,15 @@ def _somewhere(row: Any, lies: Any) -> Any:
     return lies[row]
 
 
-def _tried(candidate: Implementation, given: Any) -> Callable[[], object] | None:
+def _tried(candidate: Callable[..., Tensor], given: Any, own: dict[str, Tensor]) -> Callable[[], object] | None:
     """A call as the model makes it, with gradients where they are wanted; None where it does not fit the device."""
     leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
-    wanted = [t for t in leaves if t is not None and t.requires_grad and torch.is_grad_enabled()]
+    more = {name: t.detach().requires_grad_(t.requires_grad) for name, t in own.items()}
+    every = (*leaves, *more.values())
+    wanted = [t for t in every if t is not None and t.requires_grad and torch.is_grad_enabled()]
 
     def run() -> object:
-        out = candidate(*leaves)  # type: ignore[arg-type]
+        out = candidate(*leaves, **more)
         return torch.autograd.grad(out, wanted, out, allow_unused=True) if wanted else out
 
     if given[0].device.type == "cuda":
@@ -256,11 +297,15 @@ _KNOWN: dict[str, Generated] = {}
 """By name. A compiled graph holds names, and caches of such graphs outlive a process: a name says what it computes."""
 
 
-def _registered(implementation: Generated) -> str:
+def _said(implementation: Generated) -> str:
+    """What is computed, and where."""
     formula = implementation.formula
     functions = [f"{each.__module__}.{each.__qualname__}" for each in formula.masks + formula.scores]
-    said = json.dumps([implementation.site.key(), functions, sorted(formula.numbers.items()), formula.normaliser])
-    name = sha256(said.encode()).hexdigest()[:16]
+    return json.dumps([implementation.site.key(), functions, sorted(formula.numbers.items()), formula.normaliser])
+
+
+def _registered(implementation: Generated) -> str:
+    formula, name = implementation.formula, sha256(_said(implementation).encode()).hexdigest()[:16]
     if name in _KNOWN and _KNOWN[name].formula != formula:  # two functions of one name, as in a loop
         name = uuid4().hex
     _KNOWN[name] = implementation
