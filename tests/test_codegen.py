@@ -157,6 +157,21 @@ def test_lists_follow_what_is_written_into_a_tensor(mode: Any) -> None:
         assert lists(query, query, {"padding": padding}, 16, 16).visited == 8
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_lists_live_as_long_as_what_they_are_of(mode: Any) -> None:
+    def padded(b: Any, j: Any, padding: Any) -> Any:
+        return padding[b, j]
+
+    with mode():
+        lists, query = Lists(Formula((padded,))), torch.zeros(1, 1, 64, 8)
+        kept = torch.arange(64)[None] < 16
+        for _ in range(3):
+            assert lists(query, query, {"padding": kept.clone()}, 16, 16).visited == 4
+        assert not lists._known
+        assert lists(query, query, {"padding": kept}, 16, 16) is lists(query, query, {"padding": kept}, 16, 16)
+        assert len(lists._known) == 1
+
+
 def test_a_window_visits_what_it_needs() -> None:
     """N / block rows of window / block + 1 blocks, of which all but the two ends need no mask."""
     numbers = {"offset": 0, "left": 255}

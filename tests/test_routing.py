@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import rewriter
+from rewriter.codegen import native
+from rewriter.codegen.blocks import lists_of
+from rewriter.codegen.families import kernels_of
 from rewriter.kernels.sparse.routing import VARIANT, Routing
 from rewriter.raising import Operands
 from rewriter.recover import fit
 from rewriter.site import AttentionSite, Causal, Full, Mask, Padding
+from rewriter.target import Target
 from rewriter.testing import assert_close, brute_force, inputs
 from rewriter.variant import Config
 
@@ -335,7 +341,81 @@ def test_work_is_that_of_the_clusters(causal: str, mask: Mask, share: float) -> 
         return int(query[0] * query[1] * query[2] * key[2])
 
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    near = module.routed(*given[:2], None)
     with FlopCounterMode(display=False, custom_mapping={fused: pairs}) as counter:
-        module(*given)
+        module.attend.plain(*given[:3], **near)
     counted = counter.get_flop_counts()["Global"][fused]
     assert 0 < counted < share * 4 * 2048 * 2048
+
+
+# --- generated kernels -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@EVERY_FORM
+@SHARED
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generated_for_a_cpu(causal: str, mask: Mask, shared: bool, dtype: str) -> None:
+    if native.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    site = replace(SITE, mask=mask & Padding(), dtype=dtype, q_len=190, kv_len=333)
+    module = built(site, causal, shared, clusters=3, window=130)
+    query, key, value, _, padding = inputs(site, seed=9)
+    given, own = (query, key, value, None, padding), module.routed(query, key, padding)
+    wide = (t.double() for t in (query, key, value))
+    config: Config = {"clusters": 3, "window": 130, "causal": causal, "shared": shared}
+    expected = VARIANT.reference(*wide, None, padding, site, config, module=module)
+    found = dict(module.attend._on_cpu(given, own))
+    assert found
+    for run in (*found.values(), module.attend.tiled):
+        assert_close(run(*given, **own), expected, site.torch_dtype)
+
+
+@torch.no_grad()
+@EVERY_FORM
+def test_blocks_that_are_visited_are_near_what_is_seen(causal: str, mask: Mask) -> None:
+    """At 4,096 tokens; and their pairs are those that one counts."""
+    site = replace(SITE, mask=mask, batch=1, q_len=4096, kv_len=4096)
+    module = built(site, causal, shared=True, clusters=8, window=512)
+    query, key, value, _, _ = inputs(site, seed=10)
+    pairs = module.pairs(query, key, value, None, None)
+    order = module.attend.orders(query, key, **module.routed(query, key, None))
+    assert pairs == int((order.until - order.low + 1).clamp(min=0).sum()) > 0
+    standing = [torch.empty(*at.shape, 1) for at in (order.queries, order.keys)]
+    for block in (32, 64):
+        runs = lists_of(module.attend.formula)(*standing, order.said, block, block)
+        assert runs.visited * block**2 < (1.35 if causal == "past" else 1.15) * pairs
+
+
+def test_a_length_is_in_no_source() -> None:
+    site = replace(SITE, mask=Full(), head_dim=16, v_head_dim=16)
+    texts = set()
+    for window in (512, 1000):
+        config: Config = {"clusters": 8, "window": window, "causal": "none", "shared": True}
+        kernels = kernels_of(VARIANT.formula(site, config), site)  # type: ignore[misc, arg-type]
+        texts.add(kernels.cpp() + kernels.triton(kernels.default(kernels.names[0], "sm_90")))
+    assert len(texts) == 1
+
+
+@torch.no_grad()
+def test_it_can_be_copied_and_kept_after_a_call() -> None:
+    module = built(SITE, "past", shared=True)
+    query, key, value, _, _ = inputs(SITE, seed=11)
+    out = module(query, key, value, None, None)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert_close(other(query, key, value, None, None), out, torch.float32)
+        other.centroids.copy_(other.centroids.flip(1).roll(1, 2))
+        assert not torch.allclose(other(query, key, value, None, None), out, atol=1e-3)
+    assert_close(module(query, key, value, None, None), out, torch.float32)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_ahead_of_time(target: str) -> None:
+    """On tensor cores."""
+    pytest.importorskip("triton")
+    site = replace(SITE, dtype="bfloat16", head_dim=64, v_head_dim=64)
+    kernels = kernels_of(VARIANT.formula(site, next(iter(VARIANT.configs(site, Target.current())))), site)  # type: ignore[misc, arg-type]
+    for name in kernels.names:
+        binary = kernels.binary(name, kernels.default(name, target), target)
+        assert binary.loop is not None and binary.loop.tensor

@@ -6,6 +6,7 @@ The interpreter is chosen when Triton is imported (`TRITON_INTERPRET=1`, as `mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from rewriter.codegen.implementation import Generated  # noqa: E402
 from rewriter.codegen.softmax import SoftmaxKernel, contenders  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
-from rewriter.site import AttentionSite, Padding  # noqa: E402
+from rewriter.site import AttentionSite, Causal, Full, Padding  # noqa: E402
 from rewriter.target import Target  # noqa: E402
 from rewriter.testing import inputs  # noqa: E402
 from rewriter.variant import Case, Variant, variants  # noqa: E402
@@ -153,6 +154,42 @@ def test_variants_that_are_learned(variant: Variant, case: Case, q_len: int, mon
     wanted = torch.autograd.grad(expected, leaves, above.double())
     for got, truth in zip(actual, wanted, strict=True):
         assert error(got.double(), truth.double()) <= 2 * tolerance(out.dtype)
+
+
+_ROUTED = AttentionSite(
+    path="a", heads=4, kv_heads=2, head_dim=16, v_head_dim=8, dtype="float32", scale=0.3, mask=Causal() & Padding(),
+    batch=2, q_len=53, kv_len=53,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "facts"),
+    [
+        ("past", {"q_len": 1}),
+        ("past", {"q_len": 60}),
+        ("rank", {}),
+        ("rank", {"q_len": 19, "kv_heads": 4, "dtype": "bfloat16", "v_head_dim": 16}),
+        ("none", {"mask": Full() & Padding()}),
+    ],
+    ids=str,
+)
+def test_tokens_sorted_by_cluster(how: str, facts: dict[str, Any]) -> None:
+    """Gathered, attended, and put back, with gradients: what `test_variants_that_are_learned` has no case of."""
+    routing, site = variants()["routing"], replace(_ROUTED, **facts)
+    config = {"clusters": 3, "window": 22, "causal": how, "shared": how == "rank"}
+    module: Any = routing.build(site, config)
+    module.to(DEVICE)
+    run = module.attend._called(SoftmaxKernel(module.attend.formula, SMALL))
+    given: Any = [t if t is None else t.to(DEVICE) for t in inputs(site, seed=1)]
+    leaves, padding = [t.requires_grad_() for t in given[:3]], given[4]
+    out = run(*leaves, None, padding, **module.routed(*leaves[:2], padding))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = routing.reference(*wide, None, padding, site, config, module=module)
+    assert error(out.double(), expected) <= tolerance(site.torch_dtype)
+    above = torch.randn_like(out)
+    actual = torch.autograd.grad(out, leaves, above)
+    for got, truth in zip(actual, torch.autograd.grad(expected, wide, above.double()), strict=True):
+        assert error(got.double(), truth) <= 2 * tolerance(site.torch_dtype)
 
 
 def test_every_key() -> None:

@@ -24,34 +24,46 @@ routes its queries.
 Centroids are buffers, in training moved by the mean direction of their tokens with decay 0.999, frozen in eval, as they
 are built, and in graphs of other compilers, which know no mode. `start` finds them by spherical k-means. The choice is
 a constant to gradients and in float64, so that it does not depend on the order of a sum. Work: N C d for the choice and
-N window d; memory: indices, and on a CPU the operands of some tiles. No kernel is generated: theirs are told what q, k
-and padding say in the order in which they stand, and here tokens are sorted.
+N window d; memory: indices and the sorted operands. Kernels are generated for tokens sorted by cluster, where what a
+query sees is an interval of the keys (`rewriter/codegen/ordered.py`). Where there are none, tiles of queries that see
+keys from the same on are attended in plain PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewriter.codegen import ordered
+from rewriter.codegen.formula import Formula
 from rewriter.codegen.gathered import traced
-from rewriter.kernels.exact import sdpa
+from rewriter.codegen.ordered import Order, Ordered
 from rewriter.site import AttentionSite, Causal, Dense, Full, Padding, Refusal, SlidingWindow
 from rewriter.target import Target
 from rewriter.variant import Case, Config, Implementation, Variant
 
 _WINDOW, _CLUSTERS = 512, (8, 16)  # of the paper's models of words
 _DECAY, _ROUNDS = 0.999, 10
-_ROWS, _TOGETHER = 64, 1 << 19  # queries of a tile, which is computed whole; scores at once, on a CPU
+_ROWS = 64  # queries of a tile, which is computed whole where there is no kernel
 
 
 def unit(x: Tensor) -> Tensor:
     """u(x), float64."""
     x = x.double()
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+
+
+def last(x: Tensor, count: int) -> Tensor:
+    """So many of the last along axis 2, which are queries; one that would stand before the first goes with it."""
+    length = x.shape[2]
+    if count <= length:
+        return x[:, :, length - count :]
+    return x[:, :, (torch.arange(count, device=x.device) + length - count).clamp(min=0)]
 
 
 def reference(
@@ -61,7 +73,7 @@ def reference(
     """With the whole matrix of scores, cluster by cluster: (B, H, Sq, Dv)."""
     (q_len, kv_len), groups = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
     near_q, near_k = module.near(query, key, padding)
-    near_q, near_k = near_q.flatten(1, 2), near_k.repeat_interleave(groups, 1)
+    near_q, near_k = near_q.expand(-1, -1, groups, -1, -1).flatten(1, 2), near_k.repeat_interleave(groups, 1)
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     scores, real_q, real_k = site.scale * query @ key.mT, near_q[..., :1] > -2, near_k[..., :1] > -2
     earlier = Causal().visible(q_len, kv_len, query.device)
@@ -69,7 +81,7 @@ def reference(
     for c in range(int(config["clusters"])):
         if module.past(q_len):
             seen = (near_q.argmax(-1, True) == c) & (real_k & (near_k.argmax(-1, True) == c)).mT & earlier
-            number, half = seen.cumsum(-1) - 1, module.block
+            number, half = seen.cumsum(-1) - 1, max(module.window // 2, 1)
             seen = seen & (number // half >= number[..., -1:] // half - 1)
         else:
             members = []
@@ -96,7 +108,7 @@ class Routing(nn.Module):
     def __init__(self, site: AttentionSite, config: Config) -> None:
         super().__init__()
         self.window, self.causal, self.shared = int(config["window"]), config["causal"], bool(config["shared"])
-        self.block, self.scale = max(self.window // 2, 1), site.scale
+        self.attend = Ordered(formula(site, config), site, partial(order, config=config))
         random = torch.Generator().manual_seed(0)
         points = torch.randn(site.kv_heads, int(config["clusters"]), site.head_dim, generator=random)
         self.register_buffer("centroids", unit(points).float().to(site.device))
@@ -107,21 +119,39 @@ class Routing(nn.Module):
 
     @torch.no_grad()
     def near(self, query: Tensor, key: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """mu_c . u(x) of queries (B, Hkv, G, Sq, C) and of keys (B, Hkv, Skv, C), -2 where in no cluster."""
-        centroids, past = self.centroids.double().mT, key.shape[2] - query.shape[2]
-        # The queries are the last tokens; one that would stand before the first key goes with it.
-        own = (torch.arange(query.shape[2], device=key.device) + past).clamp(min=0)
-        grouped, keys = query.unflatten(1, (key.shape[1], -1)), unit(key) @ centroids
+        """mu_c . u(x) of queries (B, Hkv, G or 1, Sq, C) and of keys (B, Hkv, Skv, C), -2 where in no cluster."""
+        q_len, keys = query.shape[2], self._nearness(key)
         if self.shared:
-            queries = keys[:, :, None, own].expand(*grouped.shape[:4], -1)
+            queries = last(keys, q_len)[:, :, None]
         else:
-            queries = unit(grouped) @ centroids[:, None]
+            queries = self._nearness(query).unflatten(1, (key.shape[1], -1))
         if padding is None:
             return queries, keys
         hidden = ~padding[:, None, :, None]
-        if not self.past(query.shape[2]):  # where there are only so many places
-            queries = queries.masked_fill(hidden[:, None, :, own], -2)
+        if not self.past(q_len):  # where there are only so many places
+            queries = queries.masked_fill(last(hidden, q_len)[:, :, None], -2)
         return queries, keys.masked_fill(hidden, -2)
+
+    def _nearness(self, x: Tensor) -> Tensor:
+        """mu_c . u(x) = (mu_c - mean mu_c) . x / |x - mean x|, float64 (B, H, S, C); x is of queries or of keys."""
+        x, mu = x.double(), self.centroids.double()
+        mu = torch.cat([mu - mu.mean(-1, keepdim=True), torch.ones_like(mu[:, :1])], 1)
+        products = x @ mu.repeat_interleave(x.shape[1] // len(mu), 0).mT
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        length = (length - products[..., -1:].square() / x.shape[3]).clamp(min=1e-24).sqrt()
+        nearness: Tensor = products[..., :-1] / length
+        return nearness
+
+    @torch.no_grad()
+    def routed(self, query: Tensor, key: Tensor, padding: Tensor | None) -> dict[str, Tensor]:
+        """What tokens are sorted by: `near`, or for the past form mu(x) of each, int64, C of keys that are in none."""
+        q_len = query.shape[2]
+        if not self.past(q_len):
+            return dict(zip(("own", "other"), self.near(query, key, padding), strict=True))
+        near_q, near_k = self.near(query, key, None)
+        home = near_k.argmax(-1)
+        own = last(home, q_len)[:, :, None] if self.shared else near_q.argmax(-1)
+        return {"own": own, "other": home if padding is None else home.masked_fill(~padding[:, None], near_k.shape[-1])}
 
     @torch.no_grad()
     def moved(self, query: Tensor, key: Tensor, padding: Tensor | None) -> Tensor:
@@ -146,89 +176,75 @@ class Routing(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """`mask` is not read: the site's mask is causal or full, and `padding`."""
-        attend = self._before if self.past(query.shape[2]) else self._inside
-        out = attend(query.unflatten(1, (key.shape[1], -1)), key, value, *self.near(query, key, padding))
+        out = self.attend(query, key, value, None, None, **self.routed(query, key, padding))
         if self.training and not traced(query):
             with torch.no_grad():
                 both = _DECAY * self.centroids + (1 - _DECAY) * self.moved(query, key, padding)
                 self.centroids.copy_(F.normalize(both, dim=-1))
-        return out.flatten(1, 2)
+        return out
 
-    def _inside(self, query: Tensor, key: Tensor, value: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
-        """The nearest tokens of each cluster, in the order in which they stand: gather, attend, scatter the mean."""
-        (groups, q_len), kv_len = query.shape[2:4], key.shape[2]
-        wide, high = min(self.window, q_len), min(self.window, kv_len)
-        at_q = near_q.topk(wide, dim=-2).indices.sort(-2).values.mT.transpose(2, 3)  # (B, Hkv, C, G, w)
-        at_k = near_k.topk(high, dim=-2).indices.sort(-2).values.mT
-        # A query may see places up to one; what is in no cluster has one that is before, or beyond, all others.
-        if self.causal == "rank":
-            until, place = (torch.arange(m, device=key.device).expand_as(at) for m, at in ((wide, at_q), (high, at_k)))
-            until = until + high - wide
-        else:
-            until, place = at_q + (kv_len - q_len if self.causal == "position" else kv_len), at_k
-        until = until.masked_fill(near_q.mT.transpose(2, 3).gather(-1, at_q) == -2, -1).flatten(3)
-        place = place.masked_fill(near_k.mT.gather(-1, at_k) == -2, 2 * kv_len + q_len)
-        at_q = (torch.arange(groups, device=key.device)[:, None] * q_len + at_q).flatten(3)  # a group's rows together
-        out = tiled(query.flatten(2, 3), key, value, at_q, at_k, until, place, self.scale).flatten(2, 3)
-        weight = (until >= place.amin(-1, keepdim=True)).flatten(2)[..., None].to(out.dtype)
-        index, size = at_q.flatten(2)[..., None], (*key.shape[:2], groups * q_len)
-        count = weight.new_zeros(*size, 1).scatter_add(2, index, weight)
-        sums = out.new_zeros(*size, out.shape[-1]).scatter_add(2, index.expand_as(out), out)
-        return (sums / count.clamp(min=1)).unflatten(2, (groups, q_len))  # type: ignore[no-any-return]
-
-    def _before(self, query: Tensor, key: Tensor, value: Tensor, near_q: Tensor, near_k: Tensor) -> Tensor:
-        """Keys sorted by cluster: what a query sees is an interval of them. Queries of one block share tiles."""
-        (groups, q_len), kv_len, clusters, block = query.shape[2:4], key.shape[2], near_k.shape[-1], self.block
-        n = groups * q_len
-        home = torch.where(near_k[..., 0] > -2, near_k.argmax(-1), clusters)
-        order = home.argsort(dim=-1, stable=True)
-        count = F.one_hot(home, clusters + 1)[..., :clusters].cumsum(2)  # how many of each cluster up to here
-        past = torch.arange(q_len, device=key.device) + kv_len - q_len
-        own = near_q.flatten(2, 3).argmax(-1, keepdim=True)
-        number = (count[:, :, past.clamp(min=0)] * (past >= 0)[:, None]).repeat(1, 1, groups, 1).gather(-1, own)[..., 0]
-        begin = (count[:, :, -1].cumsum(-1) - count[:, :, -1]).gather(-1, own[..., 0])
-        last = (number - 1).clamp(min=0) // block * block  # where the block of the query begins in its cluster
-        low, until = begin + (last - block).clamp(min=0), torch.where(number > 0, begin + number - 1, -1)
-        base = torch.where(number > 0, begin + last, kv_len)  # one number for each block, and one for no keys
-
-        sequence, rows = base.argsort(dim=-1, stable=True), min(block, _ROWS, n)
-        base, place = base.gather(-1, sequence), torch.arange(n, device=key.device)
-        new = F.pad(base[..., 1:] != base[..., :-1], (1, 0), value=True)
-        rank = place - (place * new).cummax(-1).values
-        slot = ((rank % rows == 0).cumsum(-1) - 1) * rows + rank % rows
-        tiles = min(n // rows + kv_len // block + clusters + 1, n)  # each block may leave a tile that is not full
-        index = (
-            slot.new_full((*slot.shape[:2], tiles * rows), n).scatter(-1, slot, sequence).unflatten(-1, (tiles, rows))
-        )
-        low, until = (F.pad(t, (0, 1), value=-1).gather(-1, index.flatten(2)).view_as(index) for t in (low, until))
-        span = low[..., :1].clamp(min=0) + torch.arange(2 * block, device=key.device)  # (B, Hkv, tiles, 2 block)
-        at_k = order.gather(-1, span.clamp(max=kv_len - 1).flatten(2)).view_as(span)
-        out = tiled(query.flatten(2, 3), key, value, index.clamp(max=n - 1), at_k, until, span, self.scale).flatten(
-            2, 3
-        )
-        back = torch.zeros_like(sequence).scatter(-1, sequence, slot)[..., None]
-        return out.gather(2, back.expand(-1, -1, -1, out.shape[-1])).unflatten(2, (groups, q_len))  # type: ignore
+    def pairs(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None) -> int:
+        """How many pairs of a query and a key a call shows, once for each cluster."""
+        return self.attend.pairs(query, key, value, None, None, **self.routed(query, key, padding))
 
 
-def tiled(
-    query: Tensor, key: Tensor, value: Tensor, at_q: Tensor, at_k: Tensor, until: Tensor, place: Tensor, scale: float
-) -> Tensor:
-    """Attention in tiles: those of the queries (B, Hkv, n, D) at an index (B, Hkv, tiles, rows) to the keys at an index
-    (B, Hkv, tiles, keys) whose `place` is not beyond the `until` of the query: (B, Hkv, tiles, rows, Dv).
+def formula(site: AttentionSite, config: Config) -> Formula:
+    """Of tokens sorted by cluster, those of a group of queries side by side."""
+    return ordered.formula(config)
+
+
+def order(query: Tensor, key: Tensor, own: Tensor, other: Tensor, config: Config) -> Order:
+    """Tokens sorted by cluster, from what is `routed` of queries and keys."""
+    groups, window = query.shape[1] // key.shape[1], int(config["window"])
+    if other.dim() == 3:
+        return _before(own, other, groups, int(config["clusters"]), window)
+    return _inside(own, other, groups, window, str(config["causal"]))
+
+
+def _inside(near_q: Tensor, near_k: Tensor, groups: int, window: int, causal: str) -> Order:
+    """The nearest tokens of each cluster, in the order in which they stand, those that are in none behind them."""
+    q_len, (kv_len, clusters), device = near_q.shape[3], near_k.shape[2:], near_k.device
+    wide, high = (min(window, n) for n in (q_len, kv_len))
+    near_q = near_q.expand(-1, -1, groups, -1, -1)
+    at_q = near_q.topk(wide, dim=-2).indices.sort(-2).values.mT.transpose(2, 3)  # (B, Hkv, C, G, w)
+    at_k = near_k.topk(high, dim=-2).indices.sort(-2).values.mT
+    # A query may see places up to one; what is in no cluster has one that is before, or beyond, all others.
+    if causal == "rank":
+        until, place = (torch.arange(m, device=device).expand_as(at) for m, at in ((wide, at_q), (high, at_k)))
+        until = until + high - wide
+    else:
+        until, place = at_q + (kv_len - q_len if causal == "position" else kv_len), at_k
+    until = until.masked_fill(near_q.mT.transpose(2, 3).gather(-1, at_q) == -2, -1).flatten(3)
+    place = place.masked_fill(near_k.mT.gather(-1, at_k) == -2, 2 * kv_len + q_len)
+    place, real = place.sort(dim=-1, stable=True)
+    low = torch.arange(0, clusters * high, high, device=device)[:, None].expand_as(until)
+    until = low + torch.searchsorted(place, until, right=True) - 1
+    at_q = at_q + torch.arange(groups, device=device)[:, None] * q_len
+    given = at_q.flatten(2), at_k.gather(-1, real).flatten(2), low.flatten(2), until.flatten(2)
+    return Order(*given, once=False, span=high, tile=groups * wide, tiles=clusters)
+
+
+def _before(own: Tensor, home: Tensor, groups: int, clusters: int, window: int) -> Order:
+    """Keys of a cluster in the order in which they stand, those that are in none behind them; queries by the last key
+    that they see. Those whose last keys are of one block see keys from the same on.
     """
-
-    def table(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        first = torch.arange(x.shape[0] * x.shape[1], device=x.device) * x.shape[2]
-        return x.reshape(-1, x.shape[3]), (index.flatten(0, 1) + first[:, None, None]).flatten(0, 1)
-
-    tables = [table(x, index) for x, index in ((query, at_q), (key, at_k), (value, at_k))]
-    until, place = until.flatten(0, 2)[:, None, :, None], place.flatten(0, 2)[:, None, None]
-    few = max(_TOGETHER // (at_q.shape[3] * at_k.shape[3]), 1)
-    at_once, out = query.device.type != "cpu" or traced(query), []
-    for here in [slice(None)] if at_once else [slice(i, i + few) for i in range(0, len(until), few)]:
-        q, k, v = (x.index_select(0, at[here].flatten()).view(*at[here].shape, -1)[:, None] for x, at in tables)
-        out.append(sdpa.attend(q, k, v, place[here] <= until[here], None, scale=scale, positional=Full()))
-    return torch.cat(out).view(*at_q.shape, -1)
+    q_len, kv_len, device = own.shape[3], home.shape[2], home.device
+    block, n = max(window // 2, 1), groups * q_len
+    places = (home * kv_len + torch.arange(kv_len, device=device)).sort(-1).values  # by cluster, and by token
+    first, final = torch.arange(clusters, device=device) * kv_len, own * kv_len + kv_len - q_len
+    begin = torch.searchsorted(places, first.repeat(*places.shape[:2], 1))
+    final = (final + torch.arange(q_len, device=device)).flatten(2)  # a query itself, among the keys of its cluster
+    until = torch.searchsorted(places, final, right=True) - 1
+    begin = begin.gather(-1, own.flatten(2))
+    first = (until - begin) // block * block - block  # of the block before the query's own, in its cluster
+    low, seen = begin + first.clamp(min=0), until >= begin
+    low, until, place = (torch.where(seen, *each) for each in ((low, kv_len), (until, -1), (until, kv_len)))
+    low, until, place = (t.repeat(1, 1, n // t.shape[2]) for t in (low, until, place))
+    at_q = place.argsort(dim=-1, stable=True)
+    low, until = (t.gather(-1, at_q) for t in (low, until))
+    tile = min(block, _ROWS, n)
+    tiles = min(n // tile + kv_len // block + clusters + 1, n)  # each block may leave a tile that is not full
+    return Order(at_q, places % kv_len, low, until, once=True, span=2 * block, tile=tile, tiles=tiles)
 
 
 def applies(site: AttentionSite, target: Target) -> bool | Refusal:
@@ -278,6 +294,7 @@ VARIANT = Variant(
     applies=applies,
     configs=configs,
     build=build,
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=replace(_SITE, q_len=137), configs=[_config(5, 33, "past", shared=False)]),

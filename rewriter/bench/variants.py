@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rewriter.bench.kernels import agrees, peak_memory, site_of
 from rewriter.codegen.blocks import pairs_of
 from rewriter.codegen.either import pairs
-from rewriter.codegen.formula import of_site
+from rewriter.codegen.formula import Formula, of_site
 from rewriter.errors import OptionError, RewriterError
 from rewriter.sampling import samples_for
 from rewriter.site import AttentionSite, Causal, Full
@@ -209,7 +209,7 @@ def _products(
 
 def _defined(choice: Choice, site: AttentionSite, built: Implementation, given: Any) -> None:
     """Raise RewriterError where the implementation differs from the definition of its variant: at the last queries
-    where a sequence has a formula, otherwise at all, where the definition's scores can be held.
+    where a sequence has a formula of tokens as they stand, otherwise at all, where the definition's scores can be held.
     """
     if site.samples:
         agrees(built(*given), choice.variant.reference(*given, site, choice.config), site.torch_dtype)
@@ -217,7 +217,9 @@ def _defined(choice: Choice, site: AttentionSite, built: Implementation, given: 
     query, key, value, mask, padding, *sink = given
     variant, module = choice.variant, {"module": built} if isinstance(built, nn.Module) else {}
     rows = query.shape[2]
-    if variant.formula is not None and site.tokens is None:
+    formula = None if variant.formula is None else variant.formula(site, choice.config)
+    elsewhere = site.tokens is not None or (isinstance(formula, Formula) and formula.ordered)
+    if formula is not None and not elsewhere:
         rows = min(rows, _LAST)
     elif prod(query.shape[:3]) * key.shape[2] > _SCORES:
         return

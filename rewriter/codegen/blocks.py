@@ -71,7 +71,8 @@ def runs_of(
     q_blocks, k_blocks = -(-q_len // block_m), -(-kv_len // block_n)
     known = {name: tensor.cpu() for name, tensor in (tensors or {}).items()}
     owners, others = (k_blocks, q_blocks) if transposed else (q_blocks, k_blocks)
-    at_once = max(_AT_ONCE // max(others, 1), 1)
+    copies = (batch if mask and mask.uses("b") else 1) * (heads if mask and mask.uses("h") else 1)
+    at_once = max(_AT_ONCE // max(others * copies, 1), 1)
     parts = []
     for start in range(0, owners, at_once):
         own, every = torch.arange(start, min(start + at_once, owners)), torch.arange(others)
@@ -158,15 +159,16 @@ class Lists:
             if len(self._known) > 64:
                 self._known.clear()
             found = runs_of(mask, **sizes, tensors=tensors, transposed=transposed).to(query.device)
-            self._known[place] = [_Read(tensor) for tensor in read], found
+            # What is made anew for each call has lists as long as it lives.
+            self._known[place] = [_Read(tensor, lambda _: self._known.pop(place, None)) for tensor in read], found
         return found
 
 
 class _Read:
-    """A tensor as it was read, to be told from what it becomes."""
+    """A tensor as it was read, to be told from what it becomes; `gone` is called when it is no more."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
+    def __init__(self, tensor: Tensor, gone: Callable[[Any], object]) -> None:
+        self._tensor = weakref.ref(tensor, gone)
         # In inference mode nothing counts what is written: only values tell.
         self._told = tensor.clone() if tensor.is_inference() else tensor._version
 

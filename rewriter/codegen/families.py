@@ -51,11 +51,7 @@ def kernels_of(formula: Formula | LinearFormula | SamplingFormula, site: Attenti
 
 def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     sizes: dict[str, Any] = {"head_dim": site.head_dim, "v_head_dim": site.v_head_dim, "dtype": _dtype(site)}
-    types = {"padding": torch.bool} if site.mask.has(Padding) else {}  # of the tensors of each call
-    if site.bias != "none":
-        types["bias"] = _dtype(site)
-    elif site.mask.has(Dense):
-        types["mask"] = torch.bool
+    types = {} if formula.ordered else _passed(site)
     formula = reading(formula, types)
     types = {**formula.types, **types}
     kinds = {name: kind_of_type(dtype) for name, dtype in types.items()}
@@ -84,6 +80,16 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
         cpp=written,
         binary=binary,
     )
+
+
+def _passed(site: AttentionSite) -> dict[str, torch.dtype]:
+    """The types of what each call of a site passes beside its operands."""
+    types = {"padding": torch.bool} if site.mask.has(Padding) else {}
+    if site.bias != "none":
+        types["bias"] = _dtype(site)
+    elif site.mask.has(Dense):
+        types["mask"] = torch.bool
+    return types
 
 
 def _linear(formula: LinearFormula, site: AttentionSite) -> Kernels:

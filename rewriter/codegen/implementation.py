@@ -180,9 +180,8 @@ class Generated:
             if isinstance(made, Refusal):
                 break
             yield str(made.kernel.spec), self._called(made)
-        if not (self.order or self.reads or isinstance(self.plain, Gathered)) and _hides_most(
-            formula, *standing, tensors
-        ):
+        elsewhere = self.order or self.reads or formula.ordered  # copies are of tokens as they lie
+        if not (elsewhere or isinstance(self.plain, Gathered)) and _hides_most(formula, *standing, tensors):
             yield "gathered", Gathered(self.formula, self.site.scale)
 
     def _on_gpu(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
