@@ -78,6 +78,19 @@ def test_every_query_by_itself(block: int, q_len: int) -> None:
         torch.testing.assert_close(module(query, key, value, None, real), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_queries_before_all_keys_see_nothing(padded: bool) -> None:
+    site = replace(SITE, q_len=45, kv_len=20)
+    query, key, value, *_ = inputs(site, seed=1)
+    module, padding = made(site, 8, moved=0.3), torch.rand(2, 20) < 0.8 if padded else None
+    expected = reference(query, key, value, None, padding, site, {"block": 8}, module)  # type: ignore[arg-type]
+    for learned in (False, True):
+        with torch.set_grad_enabled(learned):
+            out = module(query, key, value, None, padding)
+        assert (out[:, :, :25] == 0).all()
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("block", [1, 45, 300])
 def test_blocks_of_one_token_or_of_all_are_the_attention_itself(block: int) -> None:
     query, key, value, *_ = inputs(SITE, seed=2)

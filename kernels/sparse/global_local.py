@@ -107,16 +107,9 @@ def _first(*numbers: Any) -> Tensor:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    *,
-    mass: Tensor,
-    block: int,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, padding: Tensor | None, *, mass: Tensor, block: int,
     scale: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Some queries at a time, with a copy of the keys that any of them sees. `mask` is not read."""
     before, heads = mass.shape[2], query.shape[1]
     kv_len = key.shape[2] - before  # of the tokens, from the first of which positions are counted
@@ -124,7 +117,7 @@ def attend(
     if padding is not None:
         mass = mass.masked_fill(~padding[:, None, :before], float("-inf"))
     mass = mass.repeat_interleave(heads // mass.shape[1], 1)
-    step, bounds, out = max(_ROWS // block, 1) * block, [past], []
+    step, bounds, out = max(_ROWS // block, 1) * block, [max(past, 0)], []
     while bounds[-1] < kv_len:
         bounds.append(min(bounds[-1] // block * block + step, kv_len))
     # The last see the most: what they leave free holds all others, where growing parts would each be new memory.
@@ -148,6 +141,8 @@ def attend(
             positional=Full(),
         )
         out.append(o.transpose(1, 2))  # in memory (B, Sq, H, Dv)
+    if past < 0:  # before the first key nothing is seen
+        out.append(query.new_zeros(len(query), -past, heads, value.shape[3]))
     return torch.cat(out[::-1], 1).transpose(1, 2)
 
 
