@@ -49,6 +49,7 @@ from rewriter.variant import Case, Config, Implementation, Variant
 
 _WINDOW, _CLUSTERS = 512, (8, 16)  # of the paper's models of words
 _DECAY, _ROUNDS = 0.999, 10
+_CACHED = 1 << 18  # numbers that a CPU has at hand
 _ROWS = 64  # queries of a tile, which is computed whole where there is no kernel
 
 
@@ -134,13 +135,22 @@ class Routing(nn.Module):
 
     def _nearness(self, x: Tensor) -> Tensor:
         """mu_c . u(x) = (mu_c - mean mu_c) . x / |x - mean x|, float64 (B, H, S, C); x is of queries or of keys."""
-        x, mu = x.double(), self.centroids.double()
+        mu = self.centroids.double()
         mu = torch.cat([mu - mu.mean(-1, keepdim=True), torch.ones_like(mu[:, :1])], 1)
-        products = x @ mu.repeat_interleave(x.shape[1] // len(mu), 0).mT
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-        length = (length - products[..., -1:].square() / x.shape[3]).clamp(min=1e-24).sqrt()
-        nearness: Tensor = products[..., :-1] / length
-        return nearness
+        mu = mu.repeat_interleave(x.shape[1] // len(mu), 0).mT
+
+        def of(x: Tensor) -> Tensor:
+            x = x.double()
+            products, square = x @ mu, torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+            nearness: Tensor = (
+                products[..., :-1] / (square - products[..., -1:].square() / x.shape[3]).clamp(min=1e-24).sqrt()
+            )
+            return nearness
+
+        if x.device.type != "cpu" or traced(x):
+            return of(x)
+        few = max(_CACHED // max(x[:, :, :1].numel(), 1), 1)
+        return torch.cat([of(part) for part in x.split(few, 2)], 2)
 
     @torch.no_grad()
     def routed(self, query: Tensor, key: Tensor, padding: Tensor | None) -> dict[str, Tensor]:

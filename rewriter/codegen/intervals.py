@@ -164,4 +164,5 @@ def _read(tensor: Tensor, index: list[Interval]) -> Interval:
     low, high = (end.long()[..., None] for end in ends[wide[-1]]) if wide else (torch.zeros(1, dtype=torch.long),) * 2
     along = torch.minimum(low + torch.arange(int((high - low).max()) + 1), high)
     at = tuple(along if axis in wide[-1:] else end[0].long()[..., None] for axis, end in enumerate(ends))
-    return least[at].amin(-1), greatest[at].amax(-1)
+    found = least[at]
+    return found.amin(-1), (found if greatest is least else greatest[at]).amax(-1)
