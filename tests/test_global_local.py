@@ -121,8 +121,8 @@ def test_decoding_gives_what_the_whole_sequence_gives() -> None:
 def test_what_a_decoder_needs_is_one_key_a_block() -> None:
     _, key, value, *_ = inputs(SITE, seed=5)
     blocks, values, counts = made(SITE, 8).embedded(key, value, torch.ones(2, 45, dtype=torch.bool))  # type: ignore[operator]
-    assert blocks.shape == values.shape == (2, 2, 6, 16)
-    assert counts.tolist() == [[8, 8, 8, 8, 8, 5]] * 2
+    assert blocks.shape == values.shape == (2, 2, 5, 16)
+    assert counts.tolist() == [[8, 8, 8, 8, 8]] * 2
 
 
 @pytest.mark.parametrize("padded", [False, True])

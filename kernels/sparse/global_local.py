@@ -162,15 +162,16 @@ class GlobalLocal(nn.Module):
         self.mass = nn.Parameter(torch.zeros(site.kv_heads, device=site.device))
 
     def embedded(self, key: Tensor, value: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Key and value of each block, (B, Hkv, n, D), the last one as far as it goes, and its tokens, float (B, n)."""
-        lacking = -key.shape[2] % self.block
-        real = F.pad(real, (0, lacking)).unflatten(1, (-1, self.block))
+        """Key and value of each whole block, (B, Hkv, n, D), and how many of its tokens are real, float (B, n)."""
+        count = key.shape[2] // self.block
+        whole, sizes = slice(count * self.block), (count, self.block)
+        real = real[:, whole].unflatten(1, sizes)
         counts = real.sum(-1).float()
 
         def mean(t: Tensor, weights: Tensor) -> Tensor:
-            t = F.pad(t, (0, 0, 0, lacking)).unflatten(2, (-1, self.block))
             shares = weights[:, None] * real[:, None] / counts.clamp(min=1)[:, None, :, None]
-            return (shares.to(t.dtype)[..., None, :] @ t).squeeze(-2)
+            found: Tensor = shares.to(t.dtype)[..., None, :] @ t[:, :, whole].unflatten(2, sizes)
+            return found.squeeze(-2)
 
         return mean(key, self.key_weights), mean(value, self.value_weights), counts
 
@@ -219,16 +220,14 @@ class Cache:
         real = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if padding is None else padding
         tokens = _joined(self.last, (key, value, real))
         keys, values, real = tokens
-        new = self.module.embedded(keys, values, real)
-        operands, mass = self.module.operands(query, keys, values, real, _joined(self.finished, new), self.gone)
+        blocks = _joined(self.finished, self.module.embedded(keys, values, real))
+        operands, mass = self.module.operands(query, keys, values, real, blocks, self.gone)
         out = self.module.inner(*operands, mass=mass)
         done, rest = divmod(keys.shape[2], self.module.block)
-        whole = [t.narrow(axis, 0, done) for t, axis in zip(new, _TOKENS, strict=True)]
-        self.finished = _joined(self.finished, whole)
         begin = done * self.module.block
         # Views would keep what is gone.
         self.last = tuple(t.narrow(axis, begin, rest).clone() for t, axis in zip(tokens, _TOKENS, strict=True))
-        self.gone += done
+        self.finished, self.gone = blocks, self.gone + done
         return out
 
     @property
