@@ -355,7 +355,9 @@ def test_work_is_that_of_the_clusters(causal: str, mask: Mask, share: float) -> 
 @EVERY_FORM
 @SHARED
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generated_for_a_cpu(causal: str, mask: Mask, shared: bool, dtype: str) -> None:
+def test_generated_for_a_cpu(
+    causal: str, mask: Mask, shared: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if native.compiler() is None:
         pytest.skip("there is no C++ compiler")
     site = replace(SITE, mask=mask & Padding(), dtype=dtype, q_len=190, kv_len=333)
@@ -369,6 +371,9 @@ def test_generated_for_a_cpu(causal: str, mask: Mask, shared: bool, dtype: str) 
     assert found
     for run in (*found.values(), module.attend.tiled):
         assert_close(run(*given, **own), expected, site.torch_dtype)
+    whole = next(iter(found.values()))(*given, **own)
+    monkeypatch.setattr("rewriter.codegen.ordered._CACHED", 1)  # one head after the other
+    assert torch.equal(next(iter(found.values()))(*given, **own), whole)
 
 
 @torch.no_grad()

@@ -6,14 +6,17 @@ these intervals touch. Where there are none, tiles of queries whose intervals be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewriter.codegen import cpp
+from rewriter.codegen.blocks import lists_of
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.gathered import traced
 from rewriter.codegen.implementation import Generated
@@ -21,6 +24,8 @@ from rewriter.site import AttentionSite
 
 _TOGETHER = 1 << 19
 """Scores of tiles at once, on a CPU."""
+_CACHED = 1 << 18
+"""Numbers of sorted queries that a core has at hand. Larger memory is fetched from the system for each call."""
 
 
 def between(b: Any, h: Any, row: Any, j: Any, low: Any, until: Any) -> Any:
@@ -59,30 +64,34 @@ class Order:
         """What the formula reads."""
         return {"low": self.low, "until": self.until}
 
-    def back(self, out: Tensor, query: Tensor) -> Tensor:
-        """(B, Hkv, n, Dv) of sorted queries -> (B, H, Sq, Dv), in memory (B, Sq, H, Dv)."""
-        (batch, heads, q_len), at, width = query.shape[:3], self.queries, out.shape[3]
-        if self.once:
-            place = torch.arange(at.shape[2], device=out.device).expand_as(at)
-            every, index = table(out, torch.empty_like(at).scatter_(-1, at, place))
-            index = index.view(batch, heads, q_len).transpose(1, 2).flatten()
-            return every.index_select(0, index).view(batch, q_len, heads, width).transpose(1, 2)
-        index, seen = _beside(query, at), (self.until >= self.low)[..., None].to(out.dtype)
-        sums, count = (
-            t.new_zeros(batch * q_len * heads, t.shape[3]).index_add(0, index.flatten(), t.reshape(-1, t.shape[3]))
-            for t in (out, seen)
-        )
-        return (sums / count.clamp(min=1)).view(batch, q_len, heads, width).transpose(1, 2)
+    def back(self, query: Tensor, outs: Iterable[tuple[slice, Tensor]]) -> Tensor:
+        """What sorted queries give, (B, heads, n, Dv) of some key/value heads after the other -> (B, H, Sq, Dv), in
+        memory (B, Sq, H, Dv).
+        """
+        (batch, heads, q_len), index, found = query.shape[:3], _beside(query, self.queries), None
+        for part, out in outs:
+            if found is None:
+                shape = batch * q_len * heads, out.shape[3]
+                found = out.new_empty(shape) if self.once else out.new_zeros(shape)
+            put = found.index_copy_ if self.once else found.index_add_
+            put(0, index[:, part].flatten(), out.reshape(-1, out.shape[3]))
+        assert found is not None
+        if not self.once:
+            seen = (self.until >= self.low).flatten().to(found.dtype)
+            found = found / seen.new_zeros(len(found)).index_add(0, index.flatten(), seen).clamp(min=1)[:, None]
+        return found.view(batch, q_len, heads, found.shape[1]).transpose(1, 2)
+
+
+_ALL = slice(None)
 
 
 def table(x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of (B, H, S, D), one below the other, and which of them are the tokens (B, Hkv, n), flat."""
+    """The rows of (B, H, S, D), one below the other, and which of them are the tokens (B, Hkv, n)."""
     (batch, heads, length, width), own = x.shape, at.shape[1]
     if x.is_contiguous() or not x.transpose(1, 2).is_contiguous():
         first = torch.arange(batch * own, device=at.device).view(batch, own, 1) * (heads // own * length)
-        return x.reshape(-1, width), (first + at).flatten()
-    # As projections leave them: without a copy.
-    return x.transpose(1, 2).reshape(-1, width), _beside(x, at).flatten()
+        return x.reshape(-1, width), first + at
+    return x.transpose(1, 2).reshape(-1, width), _beside(x, at)  # as projections leave them: without a copy
 
 
 def _beside(x: Tensor, at: Tensor) -> Tensor:
@@ -93,10 +102,9 @@ def _beside(x: Tensor, at: Tensor) -> Tensor:
     return (torch.arange(0, batch * length, length, device=at.device)[:, None, None] + place) * heads + head
 
 
-def rows(x: Tensor, at: Tensor) -> Tensor:
-    """(B, H, S, D) at (B, Hkv, n) -> (B, Hkv, n, D)."""
-    every, index = table(x, at)
-    return every.index_select(0, index).view(*at.shape, -1)
+def picked(every: Tensor, index: Tensor) -> Tensor:
+    """Rows (., D) at (B, Hkv, n) -> (B, Hkv, n, D)."""
+    return every.index_select(0, index.flatten()).view(*index.shape, every.shape[1])
 
 
 def tiled(query: Tensor, key: Tensor, value: Tensor, order: Order, scale: float) -> Tensor:
@@ -115,12 +123,10 @@ def tiled(query: Tensor, key: Tensor, value: Tensor, order: Order, scale: float)
     at_once, out = key.device.type != "cpu" or traced(query), []
     for here in [slice(None)] if at_once else [slice(i, i + few) for i in range(0, len(visible), few)]:
         mask = visible[here]
-        q, k, v = (
-            every.index_select(0, at.view(len(visible), -1)[here].flatten()).view(len(mask), 1, -1, every.shape[1])
-            for every, at in tables
-        )
+        q, k, v = (picked(every, at.view(len(visible), 1, -1)[here]) for every, at in tables)
         out.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
-    return order.back(rows(torch.cat(out).view(*index.shape, -1), slot), query)
+    whole = picked(*table(torch.cat(out).view(*index.shape, -1), slot))
+    return order.back(query, [(_ALL, whole)])
 
 
 class Ordered(Generated):
@@ -140,12 +146,28 @@ class Ordered(Generated):
         self, given: tuple[Any, ...], own: dict[str, Tensor]
     ) -> tuple[Formula, dict[str, Tensor], tuple[Tensor, Tensor]]:
         (query, key), order = given[:2], self.orders(*given[:2], **own)
-        return self.formula, order.said, (rows(query, order.queries), rows(key, order.keys))
+        return self.formula, order.said, (picked(*table(query, order.queries)), picked(*table(key, order.keys)))
 
     def _called(self, made: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **own: Tensor) -> Tensor:
             order = self.orders(query, key, **own)
-            given = rows(query, order.queries), rows(key, order.keys), rows(value, order.keys)
-            return order.back(made(*given, self.site.scale, **order.said), query)
+            tables = [table(x, at) for x, at in ((query, order.queries), (key, order.keys), (value, order.keys))]
+            if isinstance(made, cpp.Attention):
+                return order.back(query, self._by_heads(made, order, tables))
+            return order.back(query, [(_ALL, made(*starmap(picked, tables), self.site.scale, **order.said))])
 
         return run
+
+    def _by_heads(
+        self, made: cpp.Attention, order: Order, tables: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Of some key/value heads after the other, so that sorted operands are small and stay at hand."""
+        spec, (batch, heads, n) = made.kernel.spec, order.queries.shape
+        query, key = order.queries[..., None], order.keys[..., None]  # of their shapes
+        runs = lists_of(self.formula)(query, key, order.said, spec.listed, spec.block_n)
+        read = cpp.operands(self.formula, query, key, order.said)
+        few = max(_CACHED * torch.get_num_threads() // (batch * n * spec.head_dim), 1)
+        for part in (slice(first, first + few) for first in range(0, heads, few)):
+            q, k, v = (picked(every, index[:, part]) for every, index in tables)
+            said = [t[:, part] for t in read]
+            yield part, made.kernel(q, k, v, runs.first[:, part], runs.runs, scale=self.site.scale, captures=said)
