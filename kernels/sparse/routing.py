@@ -241,17 +241,14 @@ def _before(own: Tensor, home: Tensor, groups: int, clusters: int, window: int) 
     q_len, kv_len, device = own.shape[3], home.shape[2], home.device
     block, n = max(window // 2, 1), groups * q_len
     places = (home * kv_len + torch.arange(kv_len, device=device)).sort(-1).values  # by cluster, and by token
-    first, final = torch.arange(clusters, device=device) * kv_len, own * kv_len + kv_len - q_len
+    first = torch.arange(clusters, device=device) * kv_len
     begin = torch.searchsorted(places, first.repeat(*places.shape[:2], 1))
-    final = (final + torch.arange(q_len, device=device)).flatten(2)  # a query itself, among the keys of its cluster
-    until = torch.searchsorted(places, final, right=True) - 1
-    begin = begin.gather(-1, own.flatten(2))
-    first = (until - begin) // block * block - block  # of the block before the query's own, in its cluster
-    low, seen = begin + first.clamp(min=0), until >= begin
-    low, until, place = (torch.where(seen, *each) for each in ((low, kv_len), (until, -1), (until, kv_len)))
-    low, until, place = (t.repeat(1, 1, n // t.shape[2]) for t in (low, until, place))
-    at_q = place.argsort(dim=-1, stable=True)
-    low, until = (t.gather(-1, at_q) for t in (low, until))
+    final = own * kv_len + torch.arange(q_len, device=device) + (kv_len - q_len)  # a query itself, among these
+    own, final = (t.flatten(2).repeat(1, 1, n // t[0, 0].numel()) for t in (own, final))
+    final, at_q = final.sort(dim=-1, stable=True)
+    until = torch.searchsorted(places, final, right=True) - 1  # before `begin` where there is none
+    begin = begin.gather(-1, own.gather(-1, at_q))
+    low = begin + ((until - begin) // block * block - block).clamp(min=0)  # where the block before the last begins
     tile = min(block, _ROWS, n)
     tiles = min(n // tile + kv_len // block + clusters + 1, n)  # each block may leave a tile that is not full
     return Order(at_q, places % kv_len, low, until, once=True, span=2 * block, tile=tile, tiles=tiles)
