@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from rewriter.cli import run
 from rewriter.codegen.ahead import CompileError, Launch, compile_ahead, parse_target
 from rewriter.codegen.compiled import binaries, launches
 from rewriter.codegen.configs import default
@@ -249,6 +250,39 @@ def test_nothing_spills_at_the_default_config(target: str) -> None:
     for kernel in KERNELS:
         (binary,) = binaries(WINDOW, default(target, kernel, 64), target, head_dim=64, kernels=(kernel,))
         assert binary.spills == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_learned_bias_fits_at_the_default_config(target: str, size: int) -> None:
+    """A block of it takes what the tiles of a larger config need: 480 KiB of shared memory were asked for, of 227."""
+    kinds: dict[str, Kind] = {"bias": "float"}
+    formula = reading(Formula((causal,), numbers={"offset": 0}), kinds)
+    assert formula.reads_pairs(kinds) and not WINDOW.reads_pairs({})
+    for kernel in KERNELS:
+        blocks = default(target, kernel, size, pairs=True)
+        (binary,) = binaries(
+            formula, blocks, target, head_dim=size, kinds=kinds, kernels=(kernel,), gradients=("bias",)
+        )
+        assert binary.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "tokens", "mask"),
+    [("sliding_window", None, "causal(0)"), ("s2", None, "causal(0)"), ("block_sparse", None, "causal(0)")]
+    + [(name, "32x32", "full") for name in ("neighborhood", "halo", "axial", "dilated")]
+    + [("neighborhood", "8x16x16", "full")],
+)
+@pytest.mark.parametrize("size", [64, 128])
+def test_masks_of_variants_do_not_spill(
+    variant: str, tokens: str | None, mask: str, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On sm_90, where default configs leave few registers: a block in which the mask is asked is taken in parts."""
+    site = ["--mask", mask, *(["--tokens", tokens] if tokens else []), "--head-dim", str(size)]
+    assert run(["kernels", "compile", "--variant", variant, "--target", "sm_90", *site, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kernels"]
+    assert [each["kernel"] for each in found] == [*KERNELS]
+    assert {(each["code"]["spill_stores"], each["code"]["spill_loads"]) for each in found} == {(0, 0)}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

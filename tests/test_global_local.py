@@ -232,7 +232,7 @@ def test_generated_code_on_a_cpu(
 ) -> None:
     """Where it is the faster one: of a whole sequence, of a part of it, and of what a cache holds."""
     monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] + [1.0] * (len(times) - 1))
-    monkeypatch.setattr("rewriter.codegen.implementation.recall", lambda kind, place: None)
+    monkeypatch.setattr("rewriter.codegen.tuning.recall", lambda kind, place: None)
     calls, attend = [], cpp.Attention.__call__
     monkeypatch.setattr(cpp.Attention, "__call__", lambda *given, **more: calls.append(0) or attend(*given, **more))
     site = replace(SITE, dtype=dtype, q_len=q_len, kv_len=515)

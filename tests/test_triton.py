@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ triton = pytest.importorskip("triton")
 from rewriter.codegen.configs import default  # noqa: E402
 from rewriter.codegen.expression import kind_of_type  # noqa: E402
 from rewriter.codegen.formula import Formula, biased, capped, causal, chunked, prefix_causal, reading, tokens  # noqa: E402
-from rewriter.codegen.fragments import Blocks, captured  # noqa: E402
-from rewriter.codegen.implementation import Generated  # noqa: E402
+from rewriter.codegen.fragments import KERNELS, Blocks, captured  # noqa: E402
+from rewriter.codegen.implementation import Generated, generated  # noqa: E402
 from rewriter.codegen.softmax import SoftmaxKernel, contenders  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
@@ -349,15 +350,59 @@ def test_configs_worth_a_measurement(target: str) -> None:
     """What is shipped comes first; of a narrow window smaller blocks follow, which compute the same."""
     formula = Formula((near,), numbers={"window": 5})
     long = torch.zeros(1, 1, 4096, 64, dtype=torch.bfloat16)
-    shipped, *others = contenders(formula, {}, long, long, target)
-    assert not shipped.blocks
-    assert others
-    most = default(target, "forward", 64)
-    assert all(
-        each.blocks["forward"].block_m * each.blocks["forward"].block_n < most.block_m * most.block_n for each in others
-    )
+    kernels = SoftmaxKernel(formula, {"forward": default(target, "forward", 64)})
+    for name in KERNELS:
+        most = default(target, name, 64)
+        shipped, *others = contenders(
+            SoftmaxKernel(formula, {**kernels.blocks, name: most}), name, {}, long, long, target
+        )
+        assert shipped.blocks[name] == most
+        assert others or most.block_m * most.block_n <= 64 * 64
+        for each in others:
+            assert each.blocks[name].block_m * each.blocks[name].block_n < most.block_m * most.block_n
+            assert each.blocks.keys() == {"forward", name}, "the configs of the others stay"
+    others = contenders(kernels, "forward", {}, long, long, target)[1:]
     query, key, value = (torch.randn(1, 2, 70, 16, device=DEVICE) for _ in range(3))
     out = others[0](query, key, value, 0.25)
     assert error(out, formula.reference(query, key, value, 0.25)) <= tolerance(torch.float32)
-    assert len(contenders(formula, {}, long[:, :, :1], long, target)) == 1, "a step of decoding has its own config"
-    assert len(contenders(formula, {}, long, long, "sm_1")) == 1, "of an unknown target no limits are known"
+    one = long[:, :, :1]
+    assert len(contenders(kernels, "forward", {}, one, long, target)) == 1, "a step of decoding has its own config"
+    assert len(contenders(kernels, "forward", {}, long, long, "sm_1")) == 1, "of an unknown target no limits are known"
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_kernel_after_kernel_gets_the_fastest_config(monkeypatch: pytest.MonkeyPatch, learned: bool) -> None:
+    """With a stand-in for the clock, for which the third that is tried is the fastest."""
+    target = replace(Target.current(torch.device(DEVICE)), capability="sm_90")
+    monkeypatch.setattr("rewriter.codegen.softmax.Target", SimpleNamespace(current=lambda device: target))
+    tried: list[int] = []
+    monkeypatch.setattr(
+        "rewriter.tune.measure.medians", lambda times: tried.append(len(times)) or [2.0, 2.0, 1.0, 2.0][: len(times)]
+    )
+    made: dict[Any, Any] = {}
+    called = Generated._called
+
+    def kept(self: Generated, kernel: Any) -> Any:
+        made[run := called(self, kernel)] = kernel
+        return run
+
+    monkeypatch.setattr(Generated, "_called", kept)
+    site = AttentionSite(
+        path="case", heads=1, kv_heads=1, head_dim=16, v_head_dim=16, dtype="bfloat16", scale=0.25, mask=Full(),
+        batch=1, q_len=160, kv_len=160,
+    )  # fmt: skip
+    formula = Formula((near,), numbers={"window": 5})
+    built = generated(lambda site, config: formula)(site, {})
+    assert isinstance(built, Generated)
+    q, k, v = (torch.randn(1, 1, 160, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=learned) for _ in range(3))
+    chosen = built._best_on_gpu((q, k, v, None, None), {}, (learned,), learned)
+    names = KERNELS if learned else KERNELS[:1]
+    assert list(made[chosen].blocks) == [*names]
+    assert tried == [*[3] * (len(names) - 1), 4], "the plain implementation competes with what all kernels make"
+    out, expected = chosen(q, k, v, None, None), formula.reference(q, k, v, 0.25)
+    assert error(out, expected) <= tolerance(torch.bfloat16)
+    if learned:
+        for ours, theirs in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (out, expected)), strict=True):
+            assert error(ours, theirs) <= tolerance(torch.bfloat16)
+    monkeypatch.setattr("rewriter.tune.measure.medians", lambda times: [2.0] * (len(times) - 1) + [1.0])
+    assert built._best_on_gpu((q, k, v, None, None), {}, ("again", learned), learned) is built.plain

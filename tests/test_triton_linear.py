@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,16 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from rewriter.codegen.linear import LinearKernel  # noqa: E402
+from rewriter.codegen.linear_configs import contenders  # noqa: E402
 from rewriter.codegen.linear_formula import LinearFormula, LinearState  # noqa: E402
 from rewriter.codegen.linear_fragments import LinearBlocks, source  # noqa: E402
+from rewriter.codegen.linear_implementation import by_kernels  # noqa: E402
 from rewriter.errors import OptionError  # noqa: E402
 from rewriter.guard import error, tolerance  # noqa: E402
 from rewriter.kernels.linear.linear import VARIANT as LINEAR  # noqa: E402
 from rewriter.kernels.linear.linear import features, signed  # noqa: E402
 from rewriter.site import Causal, Full, Mask, Padding  # noqa: E402
+from rewriter.target import Target  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -236,6 +240,17 @@ def test_maps_that_mix_channels_come_before_the_kernel(mask: Mask) -> None:
         assert error(each, expected) <= tolerance(torch.float32)
 
 
+def test_rows_of_features_that_are_not_aligned() -> None:
+    """As of 16 signs and a one: zeros are added, and nothing to the answer or the gradients."""
+    formula = LinearFormula(normalised=True, features=17)
+    q, k = (torch.rand(1, 2, 40, 17, device=DEVICE, requires_grad=True) for _ in range(2))
+    value = torch.randn(1, 2, 40, 16, device=DEVICE)
+    ours, expected = by_kernels(formula, q, k, value, 1.0, None), formula.reference(q, k, value, 1.0)[0]
+    assert error(ours, expected) <= tolerance(torch.float32)
+    for own, theirs in zip(*(torch.autograd.grad(o.square().sum(), (q, k)) for o in (ours, expected)), strict=True):
+        assert error(own, theirs) <= tolerance(torch.float32)
+
+
 def test_strides() -> None:
     formula = LinearFormula(elu_plus_one, elu_plus_one, decay="token")
     compared(formula, layout=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2).detach())
@@ -299,6 +314,30 @@ def test_a_step_in_place(normalised: bool) -> None:
 def test_the_default_config() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         compared(LinearFormula(elu_plus_one, elu_plus_one, decay="token"), blocks=None, kv_len=70, dtype=dtype)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_fastest_config_is_asked_for_once(monkeypatch: pytest.MonkeyPatch, learned: bool) -> None:
+    """With a stand-in for the clock, for which the last is the fastest."""
+    target = replace(Target.current(torch.device(DEVICE)), capability="sm_90")
+    monkeypatch.setattr("rewriter.codegen.linear.Target", SimpleNamespace(current=lambda device: target))
+    monkeypatch.setattr("rewriter.codegen.linear._TUNED", {})
+    tried: list[int] = []
+    monkeypatch.setattr(
+        "rewriter.tune.measure.medians", lambda times: tried.append(len(times)) or [2.0] * (len(times) - 1) + [1.0]
+    )
+    formula = LinearFormula(elu_plus_one, elu_plus_one, normalised=True)
+    shipped, *others = contenders(formula, 64, 64, torch.bfloat16, "sm_90")
+    assert shipped == LinearBlocks.of(torch.bfloat16, "sm_90") and others
+    assert all(each.chunk > shipped.chunk for each in others), "states are what costs most"
+    q, k, v = (torch.randn(1, 1, 150, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=learned) for _ in range(3))
+    for _ in range(2):
+        assert LinearKernel(formula).tuned(q, k, v, 0.5, None, None) == others[-1]
+    assert tried == [len(others) + 1]
+    LinearKernel(formula).tuned(q[:, :, :40], k[:, :, :40], v[:, :, :40], 0.5, None, None)
+    assert len(tried) == 2, "of another length another may be the fastest"
+    out, expected = LinearKernel(formula, others[-1])(q, k, v, 0.5)[0], formula.reference(q, k, v, 0.5)[0]
+    assert error(out, expected) <= tolerance(torch.bfloat16)
 
 
 def test_what_does_not_fit_together() -> None:

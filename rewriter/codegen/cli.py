@@ -85,22 +85,25 @@ def defaults(
     sizes: Annotated[str, typer.Option(help="Head sizes, separated by commas.")] = "32,64,128,256",
     as_json: JSON = False,
 ) -> Document:
-    """Compile every candidate config and rank them by spills and instructions: the table of shipped defaults.
+    """Compile every candidate config and rank them by spills and instructions: the tables of shipped defaults.
 
-    For attention with a softmax; linear attention has one config for all kernels and targets.
+    For attention with a softmax, without a bias and with one (pairs); linear attention has one config for all kernels
+    and targets.
     """
     from rewriter.codegen.configs import ranked
 
-    table: dict[str, Any] = {}
+    names = [_known(each.strip()) for each in target.split(",")]
+    tables: dict[str, Any] = {"defaults": {}, "pairs": {}}
     with progress() as advance:
-        for name, kernel, size, best in ranked([_known(each.strip()) for each in target.split(",")], _heads(sizes)):
-            advance(f"{name} {kernel} {size}", 0, None)
-            config = asdict(best)
-            config.pop("splits")
-            table.setdefault(name, {}).setdefault(kernel, {})[size] = tuple(config.values())
+        for table, pairs in zip(tables.values(), (False, True), strict=True):
+            for name, kernel, size, best in ranked(names, _heads(sizes), pairs=pairs):
+                advance(f"{name} {kernel} {size}", 0, None)
+                config = asdict(best)
+                config.pop("splits")
+                table.setdefault(name, {}).setdefault(kernel, {})[size] = tuple(config.values())
     if not as_json:
-        stdout().print(table)
-    return {"defaults": table}
+        stdout().print(tables)
+    return tables
 
 
 def _kernels(

@@ -27,12 +27,16 @@ def launches(
     dtype: torch.dtype = torch.bfloat16,
     kinds: Mapping[str, Kind] | None = None,
     kernels: tuple[str, ...] = KERNELS,
+    gradients: tuple[str, ...] = (),
 ) -> Iterator[Launch]:
-    """Each kernel of a formula with the types of its arguments, those of contiguous operands."""
+    """Each kernel of a formula with the types of its arguments, those of contiguous operands. `gradients` names the
+    tensors that are learned.
+    """
     known = dict(kinds or {})
     sizes: dict[str, Any] = {"head_dim": head_dim, "v_head_dim": v_head_dim or head_dim, "dtype": dtype, "kinds": known}
     for name in kernels:
         parts: dict[str, Any] = {"backward": name.startswith("backward"), "jvp": name == "forward_jvp"}
+        parts |= {"gradients": gradients} if parts["backward"] else {}
         module = loaded(source(formula, blocks, **sizes, **parts), "triton")
         kernel = getattr(module, name)
         types = {argument: _type(argument, dtype, known) for argument in kernel.arg_names}

@@ -11,7 +11,7 @@ import torch
 
 from rewriter.codegen.ahead import SHARED_KIB, Binary, CompileError, parse_target
 from rewriter.codegen.compiled import binaries
-from rewriter.codegen.formula import Formula, of_mask
+from rewriter.codegen.formula import Formula, of_mask, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
 from rewriter.site import Causal, SlidingWindow
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     },
     "sm_90": {
         "forward": {128: (128, 128, 8, 2), 256: (128, 32, 8, 3)},
-        "backward_keys": {32: (128, 64, 4, 2), 64: (32, 128, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "backward_keys": {32: (64, 64, 4, 2), 64: (32, 128, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
         "backward_queries": {32: (128, 128, 8, 2), 64: (128, 128, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)},
         "forward_jvp": {64: (128, 64, 8, 2), 128: (128, 32, 8, 1), 256: (32, 32, 8, 2)},
     },
@@ -51,20 +51,61 @@ DEFAULTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     },
 }
 
+# The same of formulas that read a number for each pair of a query and a key, from a bias or a mask, which takes
+# registers and memory of its own: of configs of two stages, compiled ahead with a learned bias. Those of 256, of
+# derivatives along tangents and of gfx942: the first tried without spills, but for backward kernels of 256 there.
+PAIRED: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
+    "sm_80": {
+        "forward": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (32, 64, 4, 2)},
+        "backward_keys": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "backward_queries": {64: (128, 32, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 4, 2)},
+        "forward_jvp": {64: (128, 32, 8, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+    },
+    "sm_90": {
+        "forward": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 64, 4, 2)},
+        "backward_keys": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "backward_queries": {64: (128, 32, 8, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
+        "forward_jvp": {64: (128, 32, 8, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+    },
+    "sm_100": {
+        "forward": {64: (64, 128, 8, 2), 128: (32, 128, 4, 2), 256: (32, 64, 4, 2)},
+        "backward_keys": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
+        "backward_queries": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "forward_jvp": {64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 2)},
+    },
+    "gfx942": {
+        "forward": {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2)},
+        "backward_keys": {64: (64, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 2)},
+        "backward_queries": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+        "forward_jvp": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 16, 4, 2)},
+    },
+}
+
 # Products of float32 are no tensor core's, and keep their operands in registers: of all kernels on all targets.
 WIDE = {64: (32, 32, 8, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 1)}
 
 
-def default(target: str, kernel: str, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Blocks:
-    """The shipped config for the nearest size at or above this one."""
-    family = DEFAULTS.get(target) or DEFAULTS["gfx942" if target.startswith("gfx") else "sm_80"]
+def default(
+    target: str, kernel: str, head_dim: int, dtype: torch.dtype = torch.bfloat16, *, pairs: bool = False
+) -> Blocks:
+    """The shipped config for the nearest size at or above this one; `pairs`: of a formula that reads a number for each
+    pair of a query and a key.
+    """
+    table = PAIRED if pairs else DEFAULTS
+    family = table.get(target) or table["gfx942" if target.startswith("gfx") else "sm_80"]
     sizes = WIDE if dtype.itemsize > 2 else family[kernel]
     size = next((size for size in sorted(sizes) if size >= head_dim), max(sizes))
     return Blocks(*sizes[size])
 
 
 def candidates(
-    target: str, kernel: str, *, head_dim: int, v_head_dim: int | None = None, dtype: torch.dtype = torch.bfloat16
+    target: str,
+    kernel: str,
+    *,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    pairs: bool = False,
 ) -> list[Blocks]:
     """What the limits of the target leave, before anything is compiled: estimates of registers and shared memory."""
     if target not in SHARED_KIB:
@@ -72,14 +113,14 @@ def candidates(
     found = []
     for block_m, block_n, num_warps, num_stages in itertools.product(_BLOCKS, _BLOCKS, (4, 8), (2, 3)):
         blocks = Blocks(block_m, block_n, num_warps, num_stages)
-        registers, shared = estimated(blocks, target, kernel, head_dim, v_head_dim or head_dim, dtype)
+        registers, shared = estimated(blocks, target, kernel, head_dim, v_head_dim or head_dim, dtype, pairs)
         if registers <= _REGISTERS and shared <= SHARED_KIB[target] * 1024 and block_m * block_n >= 1024:
             found.append(blocks)
     return found
 
 
 def estimated(
-    blocks: Blocks, target: str, kernel: str, head_dim: int, v_head_dim: int, dtype: torch.dtype
+    blocks: Blocks, target: str, kernel: str, head_dim: int, v_head_dim: int, dtype: torch.dtype, pairs: bool = False
 ) -> tuple[float, int]:
     """Registers of a thread and bytes of shared memory of a block, from what has to be held: accumulators and scores in
     registers, tiles of the pipeline in shared memory.
@@ -92,7 +133,7 @@ def estimated(
         "backward_keys": (n * (d + e) + 2 * scores, m * (d + e)),
         "backward_queries": (m * d + 2 * scores, n * (d + e)),
     }[kernel]
-    return held / threads, blocks.num_stages * moved * dtype.itemsize
+    return held / threads, blocks.num_stages * (moved + pairs * scores) * dtype.itemsize
 
 
 def rank(binary: Binary, blocks: Blocks) -> tuple[int, float]:
@@ -109,15 +150,22 @@ def best(
     return min(ranked, key=lambda pair: (*rank(*pair), pair[1].num_stages))[1]
 
 
-def ranked(targets: Iterable[str], sizes: Iterable[int]) -> Iterator[tuple[str, str, int, Blocks]]:
-    """(target, kernel, head size, best config), each candidate compiled ahead for a causal window in bfloat16."""
-    masks, numbers = of_mask(Causal() & SlidingWindow(255, None))
-    formula = Formula(masks, numbers=numbers)
+def ranked(
+    targets: Iterable[str], sizes: Iterable[int], *, pairs: bool = False
+) -> Iterator[tuple[str, str, int, Blocks]]:
+    """(target, kernel, head size, best config), each candidate compiled ahead in bfloat16 for a causal window or, with
+    `pairs`, for a causal mask and a learned bias.
+    """
+    masks, numbers = of_mask(Causal() if pairs else Causal() & SlidingWindow(255, None))
+    learned = ("bias",) if pairs else ()
+    formula, kinds = reading(Formula(masks, numbers=numbers), learned), dict.fromkeys(learned, "float")
     for target, kernel, size in itertools.product(targets, KERNELS, sizes):
         fitting = []
-        for blocks in candidates(target, kernel, head_dim=size):
+        for blocks in candidates(target, kernel, head_dim=size, pairs=pairs):
             with contextlib.suppress(CompileError):  # over a limit that the estimate did not see
-                (binary,) = binaries(formula, blocks, target, head_dim=size, kernels=(kernel,))
+                (binary,) = binaries(
+                    formula, blocks, target, head_dim=size, kernels=(kernel,), kinds=kinds, gradients=learned
+                )
                 fitting.append((binary, blocks))
         yield target, kernel, size, best(fitting)
 

@@ -84,6 +84,8 @@ def _written(node: fx.Node, dialect: Dialect, text: Callable[[Any], str]) -> str
         return said("minimum").format(inner, text(high)) if high is not None else inner
     if operation == "mul" and kind_of(node) == "int" and not any(_small(each) for each in node.args):
         operation = "product"
+    if operation in ("floordiv", "mod") and all(_natural(each) for each in node.args):
+        operation = {"floordiv": "quotient", "mod": "rest"}[operation]
     args = [
         dialect.operand(text(each), kind_of(each), kind_of(node)) if operation in ("add", "sub", "mul", "div") else
         text(each)
@@ -99,6 +101,16 @@ def _small(value: Any) -> bool:
     return isinstance(value, int) and abs(value) < 128
 
 
+def _natural(value: Any) -> bool:
+    """Is it a whole number of at least 0, whatever the indices are? Divided, it needs no look at signs."""
+    if not isinstance(value, fx.Node):
+        return isinstance(value, int) and value >= 0
+    if value.op == "placeholder":  # a query stands before the first key where there are more queries than keys
+        return str(value.target) in ("b", "h", "j", "row")
+    kept = ("add", "mul", "floordiv", "mod", "minimum", "maximum")
+    return spelled(value) in kept and kind_of(value) == "int" and all(_natural(each) for each in value.args)
+
+
 _OF_FLOATS = ("tanh", "exp", "sigmoid", "sqrt", "log")
 
 
@@ -109,7 +121,8 @@ def _python_literal(value: Any) -> str:
 TRITON = Dialect(
     words={
         "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})",
-        "floordiv": "floor_divided({}, {})", "mod": "remainder({}, {})", "lt": "({} < {})", "le": "({} <= {})",
+        "floordiv": "floor_divided({}, {})", "mod": "remainder({}, {})", "quotient": "({} // {})",
+        "rest": "({} % {})", "lt": "({} < {})", "le": "({} <= {})",
         "gt": "({} > {})", "ge": "({} >= {})", "eq": "({} == {})", "ne": "({} != {})", "and": "({} & {})",
         "or": "({} | {})", "not": "(~{})", "abs": "tl.abs({})", "minimum": "tl.minimum({}, {})",
         "maximum": "tl.maximum({}, {})", "where": "tl.where({}, {}, {})", "tanh": "hyperbolic_tangent({})",
@@ -131,6 +144,7 @@ def _triton_read(name: str, index: list[str], kind: Kind) -> str:
 CPP = Dialect(
     words={
         **{name: word for name, word in TRITON.words.items() if name not in ("and", "or", "not")},
+        "quotient": "({} / {})",
         "and": "({} & {})", "or": "({} | {})", "not": "(!{})", "not:int": "(~{})", "product": "({} * {})",
         "where": "({} ? {} : {})", "abs": "abs({})",
         "abs:int": "std::abs({})", "minimum": "std::min<float>({}, {})", "minimum:int": "std::min<int64_t>({}, {})",

@@ -49,6 +49,12 @@ class Expression:
         """Does the result depend on this index?"""
         return any(node.target == index for node in self.graph.find_nodes(op="placeholder"))
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Is a tensor read at another place for each query and key?"""
+        reads = [node for node in self.graph.nodes if node.target is operator.getitem]
+        return any({"i", "j"} <= set(axes_of(node)) for node in reads)
+
 
 def parameters(function: Callable[..., Any]) -> list[str]:
     """The names of what a function of indices is given."""
@@ -117,6 +123,12 @@ def places(node: fx.Node) -> tuple[Any, ...]:
     """The indices at which a captured tensor is read."""
     index = node.args[1]
     return index if isinstance(index, tuple) else (index,)
+
+
+def axes_of(node: fx.Node) -> str:
+    """Over which of the queries, "i", and the keys, "j", the place differs at which a captured tensor is read."""
+    used = {str(each.target) for each in above(places(node)) if each.op == "placeholder"}
+    return ("i" if used & {"i", "row"} else "") + ("j" if "j" in used else "")
 
 
 def above(values: Iterable[Any], known: Container[fx.Node] = ()) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from rewriter.codegen.expression import kind_of_type
 from rewriter.codegen.formula import Formula, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.codegen.linear_formula import LinearFormula
-from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks
+from rewriter.codegen.linear_fragments import BACKWARD, FORWARD, LinearBlocks, aligned
 from rewriter.codegen.sampling_formula import SamplingFormula
 from rewriter.errors import OptionError
 from rewriter.site import AttentionSite, Dense, Padding
@@ -59,7 +59,7 @@ def _softmax(formula: Formula, site: AttentionSite) -> Kernels:
     def default(kernel: str, target: str) -> Blocks:
         from rewriter.codegen.configs import default
 
-        return default(target, kernel, site.head_dim, sizes["dtype"])
+        return default(target, kernel, site.head_dim, sizes["dtype"], pairs=formula.reads_pairs(kinds))
 
     def binary(kernel: str, blocks: Blocks, target: str) -> Binary:
         from rewriter.codegen.compiled import binaries
@@ -94,7 +94,7 @@ def _passed(site: AttentionSite) -> dict[str, torch.dtype]:
 
 def _linear(formula: LinearFormula, site: AttentionSite) -> Kernels:
     sizes: dict[str, Any] = {
-        "features": formula.features or site.head_dim,
+        "features": aligned(formula.features) if formula.features else site.head_dim,
         "values": site.v_head_dim,
         "dtype": _dtype(site),
         "padded": site.mask.has(Padding),

@@ -60,6 +60,10 @@ class Formula:
         """All masks as one expression, and all score functions; None where there are none."""
         return _expressions(self, tuple(kinds.items()))
 
+    def reads_pairs(self, kinds: Mapping[str, Kind]) -> bool:
+        """Does it read a number for each pair of a query and a key, as of a bias? Kernels then hold blocks of them."""
+        return any(each.reads_pairs for each in self.expressions(kinds) if each)
+
     def visible(self, tensors: Mapping[str, Tensor], **at: Tensor) -> Tensor:
         """What the masks say of pairs at `b`, `h`, `i`, `j` and `row`, which broadcast; True where there are none."""
         return torch.as_tensor(self._visible(**self._given(tensors, at)) if self.masks else True)

@@ -10,7 +10,7 @@ import torch
 
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import TRITON, printed, word
-from rewriter.codegen.expression import Expression, Kind, above, kind_of, places
+from rewriter.codegen.expression import Expression, Kind, axes_of, kind_of, places
 from rewriter.codegen.formula import Formula
 from rewriter.codegen.source import interpreted, rendered
 from rewriter.errors import OptionError
@@ -72,9 +72,10 @@ def source(
     that share keys into one block of queries.
     """
     mask, score = formula.expressions(kinds)
+    what = f"{_title(mask, score)}{where(*formula.masks, *formula.scores)}"
     return rendered(
         "softmax.py.jinja",
-        title=f"{_title(mask, score)}; {head_dim}>{v_head_dim}, {str(dtype).removeprefix('torch.')}, {asdict(blocks)}",
+        title=f"{what}; {head_dim}>{v_head_dim}, {str(dtype).removeprefix('torch.')}, {asdict(blocks)}",
         normaliser=formula.normaliser,
         sink=formula.sink,
         block_m=blocks.block_m,
@@ -95,6 +96,12 @@ def source(
         gradients=_gradients(score, gradients) if score and backward else [],
         learned=[(word(name), rank) for name, rank in captured(score).items() if name in gradients],
     )
+
+
+def where(*functions: Any) -> str:
+    """Of which variants these functions are: the files that define them, but for what all formulas share."""
+    files = dict.fromkeys(each.__module__ for each in functions if each.__module__ != Formula.__module__)
+    return f" ({', '.join(files)})" if files else ""
 
 
 def captured(*expressions: Expression | None) -> dict[str, int]:
@@ -130,7 +137,6 @@ def _gradients(score: Expression, wanted: tuple[str, ...]) -> list[dict[str, Any
     for number, node in enumerate(derivatives(score)[1]):
         if (name := str(node.args[0])) in wanted:
             lines, index = printed(node.graph, TRITON, places(node))
-            used = {str(each.target) for each in above(places(node)) if each.op == "placeholder"}
-            along = ("i" if used & {"i", "row"} else "") + ("j" if "j" in used else "")
-            found.append({"name": word(name), "slope": number + 1, "lines": lines, "index": index, "along": along})
+            place = {"lines": lines, "index": index, "along": axes_of(node)}
+            found.append({"name": word(name), "slope": number + 1, **place})
     return found

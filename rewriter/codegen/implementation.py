@@ -17,13 +17,12 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from rewriter.cache import recall, remember
 from rewriter.codegen import cpp
 from rewriter.codegen.blocks import lists_of, pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
 from rewriter.codegen.gathered import BLOCK, Gathered, traced, transformed
+from rewriter.codegen.tuning import as_called, fastest
 from rewriter.site import AttentionSite, Refusal
-from rewriter.target import Target
 from rewriter.variant import Config, Implementation
 
 _FEWEST = 16
@@ -135,7 +134,7 @@ class Generated:
             out: Tensor = attend(query, key, value, mask, padding, sink[0] if sink else None, self.name)
             return out
         if any(transformed(t) for t in every):
-            return next(self._on_gpu(given, own))[1](*given, **own) if on_gpu else self.plain(*given, **own)
+            return self._shipped(given, own)(*given, **own) if on_gpu else self.plain(*given, **own)
         return self._fastest(given, own, learned)(*given, **own)
 
     def pairs(
@@ -166,9 +165,44 @@ class Generated:
         sizes = (*query.shape[:2], key.shape[1], *lengths, query.shape[3], value.shape[3])
         place = (*sizes, str(query.dtype), *(None if each is None else str(each.dtype) for each in others), learned)
         if place not in self._chosen:
-            made = dict(self._on_gpu(given, own) if on_gpu else self._on_cpu(given, own))
-            self._chosen[place] = self._measured(given, own, place, made) if made else self.plain
+            self._chosen[place] = (self._best_on_gpu if on_gpu else self._best_on_cpu)(given, own, place, learned)
         return self._chosen[place]
+
+    def _best_on_cpu(
+        self, given: tuple[Any, ...], own: dict[str, Tensor], place: tuple[Any, ...], learned: bool
+    ) -> Callable[..., Tensor]:
+        """The fastest of all that there is."""
+        made = {"plain": self.plain, **dict(self._on_cpu(given, own))}
+        return made[self._measured(given, own, place, made)] if len(made) > 1 else self.plain
+
+    def _best_on_gpu(
+        self, given: tuple[Any, ...], own: dict[str, Tensor], place: tuple[Any, ...], learned: bool
+    ) -> Callable[..., Tensor]:
+        """Generated Triton, unless the plain implementation is faster: kernel after kernel gets the config with which
+        a call, with the gradients that are wanted, is the fastest.
+        """
+        from rewriter.codegen.fragments import KERNELS
+        from rewriter.codegen.softmax import SoftmaxKernel, contenders
+
+        formula, tensors, standing = self._seen(given, own)
+        best = SoftmaxKernel(formula)
+        names = KERNELS if learned else KERNELS[:1]
+        for name in names:
+            made = {str(each): each for each in contenders(best, name, tensors, *standing)}
+            tried = {text: self._called(each) for text, each in made.items()}
+            if name == names[-1]:
+                tried["plain"] = self.plain
+            if len(tried) > 1:
+                text = self._measured(given, own, place, tried)
+                if text not in made:
+                    return self.plain
+                best = made[text]
+        return self._called(best)
+
+    def _shipped(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Callable[..., Tensor]:
+        from rewriter.codegen.softmax import SoftmaxKernel
+
+        return self._called(SoftmaxKernel(self._seen(given, own)[0]))
 
     def _on_cpu(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         """Generated C++, each with a text that says which, none without a compiler; and copies of keys, where the
@@ -183,14 +217,6 @@ class Generated:
         elsewhere = self.order or self.reads or formula.ordered  # copies are of tokens as they lie
         if not (elsewhere or isinstance(self.plain, Gathered)) and _hides_most(formula, *standing, tensors):
             yield "gathered", Gathered(self.formula, self.site.scale)
-
-    def _on_gpu(self, given: tuple[Any, ...], own: dict[str, Tensor]) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-        """Generated Triton, each with a text that says which."""
-        from rewriter.codegen.softmax import contenders
-
-        formula, tensors, standing = self._seen(given, own)
-        for made in contenders(formula, tensors, *standing):
-            yield str(made), self._called(made)
 
     def _seen(
         self, given: tuple[Any, ...], own: dict[str, Tensor]
@@ -234,20 +260,15 @@ class Generated:
         return order.around(run) if order and not by_places else run
 
     def _measured(
-        self, given: Any, own: dict[str, Tensor], sizes: tuple[Any, ...], made: dict[str, Callable[..., Tensor]]
-    ) -> Callable[..., Tensor]:
-        from rewriter.tune.measure import alternate, medians
-
-        device = given[0].device
-        place = json.dumps([_said(self), *made, sizes, Target.current(device).to_json()])
-        candidates = {"plain": self.plain, **made}
-        taken: dict[str, float] | None = recall("attention, by name", place)
-        if taken is None:
-            fitting = {name: run for name, each in candidates.items() if (run := _tried(each, given, own))}
-            times = medians(alternate(list(fitting.values()), repeats=3, budget=2.0))
-            taken = dict(zip(fitting, times, strict=True))
-            remember("attention, by name", place, taken)
-        return candidates[min(taken, key=taken.__getitem__, default="plain")]
+        self,
+        given: tuple[Any, ...],
+        own: dict[str, Tensor],
+        sizes: tuple[Any, ...],
+        made: Mapping[str, Callable[..., Tensor]],
+    ) -> str:
+        """The name of the fastest."""
+        calls = {name: as_called(each, given, own) for name, each in made.items()}
+        return fastest("attention, by name", [_said(self), sizes], calls, given[0].device) or "plain"
 
 
 def _hides_most(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -260,34 +281,6 @@ def _hides_most(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[s
 
 def _somewhere(row: Any, lies: Any) -> Any:
     return lies[row]
-
-
-def _tried(candidate: Callable[..., Tensor], given: Any, own: dict[str, Tensor]) -> Callable[[], object] | None:
-    """A call as the model makes it, with gradients where they are wanted; None where it does not fit the device."""
-    leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in given]
-    more = {name: t.detach().requires_grad_(t.requires_grad) for name, t in own.items()}
-    every = (*leaves, *more.values())
-    wanted = [t for t in every if t is not None and t.requires_grad and torch.is_grad_enabled()]
-
-    def run() -> object:
-        out = candidate(*leaves, **more)
-        return torch.autograd.grad(out, wanted, out, allow_unused=True) if wanted else out
-
-    if given[0].device.type == "cuda":
-        try:
-            run()
-        except Exception as error:
-            if not _too_large(error):
-                raise
-            return None
-    return run
-
-
-def _too_large(error: Exception) -> bool:
-    """Does a config ask for more than the device has?"""
-    from triton.runtime.errors import OutOfResources
-
-    return isinstance(error, OutOfResources | torch.OutOfMemoryError)
 
 
 # --- one node in a traced graph --------------------------------------------------------------------------------------

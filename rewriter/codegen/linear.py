@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter.codegen.gathered import transformed
+from rewriter.codegen.linear_configs import contenders
 from rewriter.codegen.linear_formula import LinearFormula, LinearState, state_heads
-from rewriter.codegen.linear_fragments import LinearBlocks
+from rewriter.codegen.linear_fragments import LinearBlocks, source
 from rewriter.codegen.linear_launch import Launch, cumulated, empty, flat, module_of, operands, unflat
+from rewriter.codegen.tuning import as_called, fastest
 from rewriter.errors import OptionError
 from rewriter.target import Target
+
+_TUNED: dict[tuple[Any, ...], LinearBlocks] = {}
 
 
 class LinearKernel:
@@ -34,10 +41,43 @@ class LinearKernel:
     ) -> tuple[Tensor, LinearState]:  # fmt: skip
         """The answer and the state after the last key. Gradients flow to all that are floats, and from both."""
         count = state_heads(self.formula, query, key, value, log_decay)
-        gates = cumulated(log_decay, padding, key, count, self.blocks(query).chunk)
+        kernel = self
+        if self._blocks is None and query.device.type == "cuda":
+            kernel = LinearKernel(self.formula, self.tuned(query, key, value, scale, log_decay, padding))
+        gates = cumulated(log_decay, padding, key, count, kernel.blocks(query).chunk)
         initial = None if state is None else flat(state, self.formula, query, value, count)
-        out, final = _Scan.apply(self, scale, count, query, key, value, gates, padding, initial)
+        out, final = _Scan.apply(kernel, scale, count, query, key, value, gates, padding, initial)
         return out, unflat(final, query.shape[3], value.shape[3])
+
+    def tuned(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, log_decay: Tensor | None, padding: Tensor | None
+    ) -> LinearBlocks:
+        """The config with which a call of these sizes, with the gradients that are wanted, is the fastest."""
+        given = (query, key, value, log_decay, padding)
+        if any(each is not None and transformed(each) for each in given):
+            return self.blocks(query)
+        learned = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
+        lengths = [1 << (each.shape[2] - 1).bit_length() for each in (query, key)]
+        heads = [each.shape[1] for each in (query, key, value)]
+        sizes = [len(query), *heads, *lengths, query.shape[3], value.shape[3], padding is not None, learned]
+        text = source(
+            self.formula, self.blocks(query), features=query.shape[3], values=value.shape[3], dtype=query.dtype,
+            padded=padding is not None,
+        )  # fmt: skip
+        place = [sha256(text.encode()).hexdigest(), *sizes]
+        if (known := _TUNED.get((*place,))) is not None:
+            return known
+        capability = Target.current(query.device).capability
+        options = contenders(self.formula, query.shape[3], value.shape[3], query.dtype, capability)
+
+        def run(blocks: LinearBlocks, q: Tensor, k: Tensor, v: Tensor, decay: Any, padding: Any) -> Tensor:
+            return LinearKernel(self.formula, blocks)(q, k, v, scale, log_decay=decay, padding=padding)[0]
+
+        made = {str(each): each for each in options}
+        calls = {name: as_called(partial(run, each), given) for name, each in made.items()}
+        chosen = fastest("linear attention, by config", place, calls, query.device) if len(made) > 1 else None
+        _TUNED[(*place,)] = made[chosen] if chosen else options[0]
+        return _TUNED[(*place,)]
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, state: LinearState | None = None, *,

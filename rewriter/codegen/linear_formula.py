@@ -59,6 +59,11 @@ class LinearFormula:
         if not self.causal and self.decay != "none":
             raise OptionError(f"a decay by {self.decay} is that of a causal sum; here every query sees every key")
 
+    @property
+    def maps(self) -> tuple[Callable[..., Any], ...]:
+        """Those that there are."""
+        return tuple(each for each in (self.query_map, self.key_map) if each)
+
     def expression(self, which: Literal["query", "key"]) -> Expression | None:
         """A map as an expression of `s`."""
         function = self.query_map if which == "query" else self.key_map

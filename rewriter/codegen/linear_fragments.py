@@ -11,7 +11,7 @@ from torch import fx
 
 from rewriter.codegen.derivative import derivatives
 from rewriter.codegen.dialect import TRITON, printed
-from rewriter.codegen.fragments import check_least, check_powers, power
+from rewriter.codegen.fragments import check_least, check_powers, power, where
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.source import interpreted, rendered
 
@@ -66,6 +66,13 @@ class LinearBlocks:
         return {"ALL_F": every, "STEP_E": max(min(power(values), _STEP // every), 1)}
 
 
+def aligned(features: int) -> int:
+    """So many features are given to a kernel, the last of them zeros: it then loads many at a time. Rows of 17 of them
+    took twice the instructions, and registers that are not there.
+    """
+    return -(-features // 16) * 16
+
+
 def source(
     formula: LinearFormula,
     blocks: LinearBlocks,
@@ -80,10 +87,10 @@ def source(
     block_f, block_e = blocks.widths(features, values)
     maps = [each for which in ("query", "key") for each in _maps(formula, which, backward)]
     named = ", ".join(dict.fromkeys(each["name"] for each in maps)) or "features as given"
-    kind = f"{'causal' if formula.causal else 'all keys'}, decay {formula.decay}"
+    what = f"{named}{where(*formula.maps)}; {'causal' if formula.causal else 'all keys'}, decay {formula.decay}"
     return rendered(
         "linear.py.jinja",
-        title=f"{named}; {kind}; {features}>{values}, {str(dtype).removeprefix('torch.')}, {asdict(blocks)}",
+        title=f"{what}; {features}>{values}, {str(dtype).removeprefix('torch.')}, {asdict(blocks)}",
         causal=formula.causal,
         # One number for a head is one for each of its tokens: a load of 64 numbers beside blocks of 64 by 64.
         decay={"none": "", "head": "token"}.get(formula.decay, formula.decay),

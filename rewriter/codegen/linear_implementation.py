@@ -30,12 +30,22 @@ def linear_attention(
     if early:
         query = query[:, :, early:]
     if query.device.type == "cuda" and query.dtype != torch.float64 and not traced(query):
-        from rewriter.codegen.linear import LinearKernel
-
-        out = LinearKernel(formula)(query_map(query), key_map(key), value, scale, padding=padding)[0]
+        out = by_kernels(formula, query_map(query), key_map(key), value, scale, padding)
     else:
         out, _ = scan(
             query, key, value, scale, query_map=query_map, key_map=key_map, padding=padding,
             normalised=formula.normalised, eps=formula.eps, causal=formula.causal, ended=False,
         )  # fmt: skip
     return F.pad(out, (0, 0, early, 0)) if early else out
+
+
+def by_kernels(
+    formula: LinearFormula, query: Tensor, key: Tensor, value: Tensor, scale: float, padding: Tensor | None
+) -> Tensor:
+    """The same of phi(q) and phi(k), by Triton kernels."""
+    from rewriter.codegen.linear import LinearKernel
+    from rewriter.codegen.linear_fragments import aligned
+
+    more = (0, aligned(query.shape[3]) - query.shape[3])
+    out, _ = LinearKernel(formula)(F.pad(query, more), F.pad(key, more), value, scale, padding=padding)
+    return out

@@ -56,10 +56,12 @@ class SoftmaxKernel:
         out: Tensor = _Attend.apply(self, scale, names, query, key, value, sink, *(tensors[n] for n in names))
         return out
 
-    def config(self, kernel: str, query: Tensor) -> Blocks:
+    def config(self, kernel: str, query: Tensor, tensors: Mapping[str, Tensor]) -> Blocks:
         """That of one kernel for these operands."""
-        capability = Target.current(query.device).capability
-        return self.blocks.get(kernel) or default(capability, kernel, query.shape[-1], query.dtype)
+        if (chosen := self.blocks.get(kernel)) is not None:
+            return chosen
+        capability, pairs = Target.current(query.device).capability, self.formula.reads_pairs(kinds_of(tensors))
+        return default(capability, kernel, query.shape[-1], query.dtype, pairs=pairs)
 
     def module(
         self, blocks: Blocks, query: Tensor, value: Tensor, tensors: Mapping[str, Tensor], **options: Any
@@ -72,21 +74,24 @@ class SoftmaxKernel:
 
 
 def contenders(
-    formula: Formula, tensors: Mapping[str, Tensor], query: Tensor, key: Tensor, target: str | None = None
-) -> list[SoftmaxKernel]:
-    """The kernels of a formula that are worth a measurement: as shipped, and with those configs of the forward kernel
-    that fit the target (the operands' own where none is named) and promise less work for this mask.
+    kernels: SoftmaxKernel, name: str, tensors: Mapping[str, Tensor], query: Tensor, key: Tensor,
+    target: str | None = None,
+) -> list[SoftmaxKernel]:  # fmt: skip
+    """The kernels of a formula that are worth a measurement: these, and with those configs of the one of this name that
+    fit the target (the operands' own where none is named) and promise less work for this mask.
     """
-    target, shipped = target or Target.current(query.device).capability, SoftmaxKernel(formula)
-    if target not in SHARED_KIB or query.shape[2] <= shipped.config("forward", query).block_m:
-        return [shipped]
+    formula, target = kernels.formula, target or Target.current(query.device).capability
+    first = kernels.config(name, query, tensors)
+    if target not in SHARED_KIB or query.shape[2] <= first.block_m:
+        return [kernels]
 
     def cost(blocks: Blocks) -> float:
         return work(formula, query, key, tensors, blocks.block_m, blocks.block_n, per_key=_PER_KEY, per_query=0.0)
 
-    others = candidates(target, "forward", head_dim=query.shape[-1], dtype=query.dtype)
-    _, *better = promising(shipped.config("forward", query), others, cost)
-    return [shipped, *(SoftmaxKernel(formula, {"forward": blocks}) for blocks in better)]
+    pairs = formula.reads_pairs(kinds_of(tensors))
+    others = candidates(target, name, head_dim=query.shape[-1], dtype=query.dtype, pairs=pairs)
+    _, *better = promising(first, others, cost)
+    return [kernels, *(SoftmaxKernel(formula, {**kernels.blocks, name: blocks}) for blocks in better)]
 
 
 @cache
@@ -155,7 +160,7 @@ def moved(
     """The derivative of the output along the tangents of query, key and value; None stands for zeros."""
     along = [torch.zeros_like(t) if dt is None else dt for t, dt in zip(operands, tangents, strict=True)]
     along = [t if t.stride(-1) == 1 else t.contiguous() for t in along]
-    (query, key, value), blocks = operands, kernel.config("forward_jvp", operands[0])
+    (query, key, value), blocks = operands, kernel.config("forward_jvp", operands[0], tensors)
     (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     runs = kernel.lists(query, key, tensors, blocks.block_m, blocks.block_n)
     paired = [t for pair in zip(operands, along, strict=True) for t in pair]
@@ -176,7 +181,7 @@ def launched(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(B, H, Sq, Dv) and the logarithm of each row's sum, float32 (B, H, Sq)."""
     (batch, heads, q_len, _), (kv_heads, kv_len), width = query.shape, key.shape[1:3], value.shape[3]
-    groups, blocks, formula = heads // kv_heads, kernel.config("forward", query), kernel.formula
+    groups, blocks, formula = heads // kv_heads, kernel.config("forward", query, tensors), kernel.formula
     kinds = kinds_of(tensors)
     mask, score = formula.expressions(kinds)
     packed = groups > 1 and groups * q_len <= blocks.block_m and not (mask and mask.uses("h"))
@@ -218,7 +223,7 @@ def differentiated(
     given = _arguments((mask, score), tensors)
 
     def launch(name: str, transposed: bool, outputs: Sequence[Tensor], more: Sequence[Any] = ()) -> None:
-        blocks = kernel.config(name, query)
+        blocks = kernel.config(name, query, tensors)
         module = kernel.module(blocks, query, value, tensors, gradients=wanted)
         runs = kernel.lists(query, key, tensors, blocks.block_m, blocks.block_n, transposed=transposed)
         length, block = (kv_len, blocks.block_n) if transposed else (q_len, blocks.block_m)
