@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any, Protocol
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from rewriter.codegen import cpp
+from rewriter.codegen.attend import attend, registered
 from rewriter.codegen.blocks import lists_of, pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
 from rewriter.codegen.gathered import BLOCK, Gathered, traced, transformed
@@ -101,14 +100,14 @@ class Generated:
         self.formula, self.site, self.reads, self.order = formula, site, reads, order
         self.plain: Callable[..., Tensor] = order.around(plain) if order else plain
         self._chosen: dict[Any, Callable[..., Tensor]] = {}
-        self.name = _registered(self)
+        self.name = registered(self._said(), self.formula, self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_chosen": {}}  # a built kernel is of one process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.name = _registered(self)
+        self.name = registered(self._said(), self.formula, self)
 
     def __call__(
         self,
@@ -136,6 +135,12 @@ class Generated:
         if any(transformed(t) for t in every):
             return self._shipped(given, own)(*given, **own) if on_gpu else self.plain(*given, **own)
         return self._fastest(given, own, learned)(*given, **own)
+
+    def _said(self) -> str:
+        """What is computed, and where."""
+        functions = [f"{each.__module__}.{each.__qualname__}" for each in self.formula.masks + self.formula.scores]
+        numbers = sorted(self.formula.numbers.items())
+        return json.dumps([self.site.key(), functions, numbers, self.formula.normaliser])
 
     def pairs(
         self,
@@ -268,7 +273,7 @@ class Generated:
     ) -> str:
         """The name of the fastest."""
         calls = {name: as_called(each, given, own) for name, each in made.items()}
-        return fastest("attention, by name", [_said(self), sizes], calls, given[0].device) or "plain"
+        return fastest("attention, by name", [self._said(), sizes], calls, given[0].device) or "plain"
 
 
 def _hides_most(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -281,94 +286,3 @@ def _hides_most(formula: Formula, query: Tensor, key: Tensor, tensors: Mapping[s
 
 def _somewhere(row: Any, lies: Any) -> Any:
     return lies[row]
-
-
-# --- one node in a traced graph --------------------------------------------------------------------------------------
-
-_KNOWN: dict[str, Generated] = {}
-"""By name. A compiled graph holds names, and caches of such graphs outlive a process: a name says what it computes."""
-
-
-def _said(implementation: Generated) -> str:
-    """What is computed, and where."""
-    formula = implementation.formula
-    functions = [f"{each.__module__}.{each.__qualname__}" for each in formula.masks + formula.scores]
-    return json.dumps([implementation.site.key(), functions, sorted(formula.numbers.items()), formula.normaliser])
-
-
-def _registered(implementation: Generated) -> str:
-    formula, name = implementation.formula, sha256(_said(implementation).encode()).hexdigest()[:16]
-    if name in _KNOWN and _KNOWN[name].formula != formula:  # two functions of one name, as in a loop
-        name = uuid4().hex
-    _KNOWN[name] = implementation
-    return name
-
-
-@torch.library.custom_op("rewriter::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    sink: Tensor | None,
-    name: str,
-) -> Tensor:
-    """A `Generated` by its name, (B, H, Sq, Dv), in memory (B, Sq, H, Dv)."""
-    out = _KNOWN[name](query, key, value, mask, padding, *([] if sink is None else [sink]))
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, padding: Any, sink: Any, name: str) -> Tensor:
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
-
-
-@torch.library.custom_op("rewriter::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def attend_backward(
-    d_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    padding: Tensor | None,
-    sink: Tensor | None,
-    name: str,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """The gradients of those operands (query, key, value, mask, padding, sink) that are wanted. Computes forward again:
-    what the forward pass kept is not in the graph.
-    """
-    given = [query, key, value, mask, padding, *([] if sink is None else [sink])]
-    leaves = [t if t is None else t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=False)]
-    # Below an operator nothing is recorded, but for this.
-    recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), recorded:
-        out = _KNOWN[name](*leaves)  # type: ignore[arg-type]
-        asked = [t for t in leaves if t is not None and t.requires_grad]
-        return [grad.contiguous() for grad in torch.autograd.grad(out, asked, d_out, materialize_grads=True)]
-
-
-@attend_backward.register_fake
-def _(d_out: Tensor, *given: Any) -> list[Tensor]:
-    *operands, _, wanted = given
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, want in zip(operands, wanted, strict=True)
-        if want
-    ]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *operands, ctx.name = inputs
-    ctx.save_for_backward(*operands)
-
-
-def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:6])
-    grads = iter(attend_backward(d_out, *ctx.saved_tensors, ctx.name, wanted))
-    return (*(next(grads) if want else None for want in wanted), None)
-
-
-attend.register_autograd(_differentiate, setup_context=_keep)
