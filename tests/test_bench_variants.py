@@ -75,10 +75,9 @@ def test_pairs_are_those_of_the_mask(name: str) -> None:
         if variant.formula is None or case.site.tokens is not None:
             continue
         for config in case.configs or variant.configs(case.site, Target.current()):
-            given = inputs(case.site, seed=0)
-            assert pairs(variant.build(case.site, config), *given) == counted(
-                variant.formula(case.site, config), *given
-            )
+            given, formula = inputs(case.site, seed=0), variant.formula(case.site, config)
+            if not formula.types:  # else it reads what the implementation makes of a call
+                assert pairs(variant.build(case.site, config), *given) == counted(formula, *given)
 
 
 def counted(formula: Formula, query: Any, key: Any, value: Any, mask: Any, padding: Any, *sink: Any) -> int:

@@ -42,7 +42,9 @@ def test_parts_make_the_whole(site: AttentionSite, groups: list[tuple[int, ...]]
         assert error(got, wanted) <= tolerance(torch.float32)
 
 
-@pytest.mark.parametrize(("name", "together"), [("sliding_window", False), ("s2", True), ("linear", True)])
+@pytest.mark.parametrize(
+    ("name", "together"), [("sliding_window", False), ("s2", True), ("sale", False), ("linear", True)]
+)
 def test_patterns_that_differ_by_heads_are_for_all_of_them(name: str, together: bool) -> None:
     variant, site = variants()[name], dataclasses.replace(SITE, kv_heads=2, heads=4, q_len=4096, kv_len=4096)
     config = next(iter(variant.configs(site, Target.current())))

@@ -111,8 +111,8 @@ def test_formulas_of_variants(formula: Formula, site: AttentionSite) -> None:
     tensors = {"padding": torch.rand(1, 300) < 0.7} if site.mask.has(Padding) else {}
     kinds = {name: kind_of_type(dtype) for name, dtype in formula.types.items()}
     for name, rank in captured(*formula.expressions(kinds)).items():
-        floats = torch.rand((5,) * rank)
-        tensors[name] = floats.requires_grad_() if kinds[name] == "float" else (9 * floats).to(formula.types[name])
+        floats, whole = torch.rand((5,) * rank), torch.randint(2 if kinds[name] == "bool" else 9, (5,) * rank)
+        tensors[name] = floats.requires_grad_() if kinds[name] == "float" else whole.to(formula.types[name])
     compared(
         reading(formula, tensors), heads=site.heads, kv_heads=site.kv_heads, q_len=19, kv_len=300, batch=1,
         blocks=Blocks(32, 64), sink=torch.randn(site.heads) if formula.sink else None, **tensors,

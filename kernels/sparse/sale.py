@@ -51,7 +51,8 @@ def formula(site: AttentionSite, config: Config) -> Formula:
     own = of_site(site)
     numbers = {"tau": float(config["tau"]), "local": int(config["local"]), "rounded": bool(config["rounded"])}
     how = {**numbers, "fragments": config["steps"] == "fragment"}
-    return replace(own, masks=(*own.masks, chosen), numbers={**own.numbers, **how})
+    masks, numbers = (*own.masks, chosen), {**own.numbers, **how}
+    return replace(own, masks=masks, numbers=numbers, types={"kept": torch.bool}, chosen=True)
 
 
 def dense(query: Tensor, key: Tensor, config: Config) -> bool:
@@ -282,6 +283,7 @@ VARIANT = Variant(
     applies=applies,
     configs=configs,
     build=build,
+    formula=formula,
     cases=[
         Case(site=_SITE),
         Case(site=_PADDED, configs=[_config(0.1, floor=200)]),

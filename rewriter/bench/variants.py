@@ -209,7 +209,8 @@ def _products(
 
 def _defined(choice: Choice, site: AttentionSite, built: Implementation, given: Any) -> None:
     """Raise RewriterError where the implementation differs from the definition of its variant: at the last queries
-    where a sequence has a formula of tokens as they stand, otherwise at all, where the definition's scores can be held.
+    where a sequence has a formula by which no query depends on others, otherwise at all, where the definition's scores
+    can be held.
     """
     if site.samples:
         agrees(built(*given), choice.variant.reference(*given, site, choice.config), site.torch_dtype)
@@ -218,8 +219,8 @@ def _defined(choice: Choice, site: AttentionSite, built: Implementation, given: 
     variant, module = choice.variant, {"module": built} if isinstance(built, nn.Module) else {}
     rows = query.shape[2]
     formula = None if variant.formula is None else variant.formula(site, choice.config)
-    elsewhere = site.tokens is not None or (isinstance(formula, Formula) and formula.ordered)
-    if formula is not None and not elsewhere:
+    whole = site.tokens is not None or (isinstance(formula, Formula) and formula.chosen)
+    if formula is not None and not whole:
         rows = min(rows, _LAST)
     elif prod(query.shape[:3]) * key.shape[2] > _SCORES:
         return

@@ -29,6 +29,7 @@ class Formula:
     numbers  the values of those of their parameters that are plain numbers, or tuples of them
     sink     does one more logit for each head, (H,), take part in the softmax, without a value?
     types    of the elements of tensors that a call passes beside those of its site, for what is compiled before a call
+    chosen   what a query sees is chosen from all operands of a call: some of the queries alone would see other keys
     ordered  tokens stand in an order of each call's own, and what its mask and padding hide is said by these tensors
 
     A function names what it wants: `b`, `h` (the query head), `i`, `j` (the positions of query and key among the keys;
@@ -43,6 +44,7 @@ class Formula:
     normaliser: Literal["softmax", "sigmoid", "relu"] = "softmax"
     sink: bool = False
     types: Mapping[str, torch.dtype] = field(default_factory=dict, hash=False)
+    chosen: bool = False
     ordered: bool = False
 
     def __post_init__(self) -> None:

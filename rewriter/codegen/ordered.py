@@ -35,7 +35,8 @@ def between(b: Any, h: Any, row: Any, j: Any, low: Any, until: Any) -> Any:
 
 def formula(numbers: Mapping[str, Any]) -> Formula:
     """Of sorted tokens; the numbers say how they are sorted."""
-    return Formula((between,), numbers=numbers, types={"low": torch.int64, "until": torch.int64}, ordered=True)
+    types = {"low": torch.int64, "until": torch.int64}
+    return Formula((between,), numbers=numbers, types=types, chosen=True, ordered=True)
 
 
 @dataclass(frozen=True)

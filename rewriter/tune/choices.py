@@ -219,10 +219,10 @@ class Workbench:
 
 def serves_all_heads(variant: Variant, site: AttentionSite, config: Config) -> bool:
     """Must all heads of the site take it, or none? Parameters are fitted to all of them; and where what is seen differs
-    by heads, another number of heads would see something else.
+    by heads, another number of heads would see something else, unless each call chooses it from what heads hold.
     """
     formula = None if variant.formula is None else variant.formula(site, config)
-    masks = formula.masks if isinstance(formula, Formula) else ()
+    masks = formula.masks if isinstance(formula, Formula) and not formula.chosen else ()
     return variant.fidelity == "learned" or any("h" in parameters(mask) for mask in masks)
 
 
