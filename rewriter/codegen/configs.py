@@ -22,8 +22,9 @@ _BLOCKS = (32, 64, 128)
 
 # (block_m, block_n, warps, stages) by target, kernel and head size. For sm_80 and sm_90 and the first two kernels of
 # sm_100: of all candidates without spills the one with the fewest instructions a score in its main loop (`rank`),
-# compiled ahead in bfloat16 for a causal window (`rewriter kernels defaults`). The others: the first tried without
-# spills, but for some of 256. Nothing here was timed.
+# compiled ahead in bfloat16 for a causal window (`rewriter kernels defaults`); for backward_keys of 32 on sm_90 for the
+# masks of grids, which spilled with the first of them. The others: the first tried without spills, but for some of 256.
+# Nothing here was timed.
 DEFAULTS: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "sm_80": {
         "forward": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (32, 64, 4, 2)},

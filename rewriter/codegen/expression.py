@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,7 @@ class Expression:
         """Does the result depend on this index?"""
         return any(node.target == index for node in self.graph.find_nodes(op="placeholder"))
 
-    @property
+    @cached_property
     def reads_pairs(self) -> bool:
         """Is a tensor read at another place for each query and key?"""
         reads = [node for node in self.graph.nodes if node.target is operator.getitem]

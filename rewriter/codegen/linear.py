@@ -54,21 +54,24 @@ class LinearKernel:
     ) -> LinearBlocks:
         """The config with which a call of these sizes, with the gradients that are wanted, is the fastest."""
         given = (query, key, value, log_decay, padding)
-        if torch.cuda.is_current_stream_capturing() or any(each is not None and transformed(each) for each in given):
+        captured = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if captured or any(each is not None and transformed(each) for each in given):
             return self.blocks(query)  # nothing can be timed
         learned = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
         lengths = [1 << (each.shape[2] - 1).bit_length() for each in (query, key)]
         heads = [each.shape[1] for each in (query, key, value)]
-        sizes = [len(query), *heads, *lengths, query.shape[3], value.shape[3], padding is not None, learned]
-        text = source(
-            self.formula, self.blocks(query), features=query.shape[3], values=value.shape[3], dtype=query.dtype,
+        sizes = (len(query), *heads, *lengths, query.shape[3], value.shape[3], padding is not None, learned)
+        known_by = (self.formula, query.dtype, query.device, *sizes)
+        if (known := _TUNED.get(known_by)) is not None:
+            return known
+        options = contenders(
+            self.formula, query.shape[3], value.shape[3], query.dtype, Target.current(query.device).capability
+        )
+        text = source(  # which says what is computed, also in a later process
+            self.formula, options[0], features=query.shape[3], values=value.shape[3], dtype=query.dtype,
             padded=padding is not None,
         )  # fmt: skip
         place = [sha256(text.encode()).hexdigest(), *sizes]
-        if (known := _TUNED.get((*place,))) is not None:
-            return known
-        capability = Target.current(query.device).capability
-        options = contenders(self.formula, query.shape[3], value.shape[3], query.dtype, capability)
 
         def run(blocks: LinearBlocks, q: Tensor, k: Tensor, v: Tensor, decay: Any, padding: Any) -> Tensor:
             return LinearKernel(self.formula, blocks)(q, k, v, scale, log_decay=decay, padding=padding)[0]
@@ -76,8 +79,8 @@ class LinearKernel:
         made = {str(each): each for each in options}
         calls = {name: as_called(partial(run, each), given) for name, each in made.items()}
         chosen = fastest("linear attention, by config", place, calls, query.device) if len(made) > 1 else None
-        _TUNED[(*place,)] = made[chosen] if chosen else options[0]
-        return _TUNED[(*place,)]
+        _TUNED[known_by] = made[chosen] if chosen else options[0]
+        return _TUNED[known_by]
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, state: LinearState | None = None, *,
