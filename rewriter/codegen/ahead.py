@@ -30,6 +30,7 @@ SHARED_KIB = {
     **{"gfx90a": 64, "gfx942": 64, "gfx950": 160, "gfx1100": 64, "gfx1101": 64, "gfx1200": 64, "gfx1201": 64},
 }
 TENSOR_MEMORY_COLUMNS = 512  # of sm_10x
+REGISTERS = 255  # of a thread
 THREADS = 1024  # of a block, everywhere
 
 log = logging.getLogger(__name__)

@@ -34,9 +34,9 @@ def launches(
     """
     known = dict(kinds or {})
     sizes: dict[str, Any] = {"head_dim": head_dim, "v_head_dim": v_head_dim or head_dim, "dtype": dtype, "kinds": known}
+    sizes["gradients"] = gradients
     for name in kernels:
         parts: dict[str, Any] = {"backward": name.startswith("backward"), "jvp": name == "forward_jvp"}
-        parts |= {"gradients": gradients} if parts["backward"] else {}
         module = loaded(source(formula, blocks, **sizes, **parts), "triton")
         kernel = getattr(module, name)
         types = {argument: _type(argument, dtype, known) for argument in kernel.arg_names}

@@ -9,15 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from rewriter.codegen.ahead import SHARED_KIB, Binary, CompileError, parse_target
+from rewriter.codegen.ahead import REGISTERS, SHARED_KIB, Binary, CompileError, parse_target
 from rewriter.codegen.compiled import binaries
 from rewriter.codegen.formula import Formula, of_mask, reading
 from rewriter.codegen.fragments import KERNELS, Blocks
 from rewriter.errors import OptionError
 from rewriter.site import Causal, SlidingWindow
 
-_REGISTERS = 255
-"""Of a thread."""
 _BLOCKS = (32, 64, 128)
 
 # (block_m, block_n, warps, stages) by target, kernel and head size. For sm_80 and sm_90 and the first two kernels of
@@ -115,7 +113,7 @@ def candidates(
     for block_m, block_n, num_warps, num_stages in itertools.product(_BLOCKS, _BLOCKS, (4, 8), (2, 3)):
         blocks = Blocks(block_m, block_n, num_warps, num_stages)
         registers, shared = estimated(blocks, target, kernel, head_dim, v_head_dim or head_dim, dtype, pairs)
-        if registers <= _REGISTERS and shared <= SHARED_KIB[target] * 1024 and block_m * block_n >= 1024:
+        if registers <= REGISTERS and shared <= SHARED_KIB[target] * 1024 and block_m * block_n >= 1024:
             found.append(blocks)
     return found
 

@@ -20,7 +20,7 @@ from rewriter.codegen.attend import attend, registered
 from rewriter.codegen.blocks import lists_of, pairs_of
 from rewriter.codegen.formula import Formula, passed, reading
 from rewriter.codegen.gathered import BLOCK, Gathered, traced, transformed
-from rewriter.codegen.tuning import as_called, fastest
+from rewriter.codegen.tuning import as_called, fastest, up_to
 from rewriter.site import AttentionSite, Refusal
 from rewriter.variant import Config, Implementation
 
@@ -165,16 +165,17 @@ class Generated:
         on_gpu = query.device.type == "cuda"
         if query.shape[2] < _FEWEST and not on_gpu:
             return self.plain
-        # A cache grows with every call: lengths up to the next power of two have one answer.
-        lengths = [1 << (n - 1).bit_length() for n in (query.shape[2], key.shape[2])]
+        lengths = up_to(query.shape[2]), up_to(key.shape[2])
         sizes = (*query.shape[:2], key.shape[1], *lengths, query.shape[3], value.shape[3])
         place = (*sizes, str(query.dtype), *(None if each is None else str(each.dtype) for each in others), learned)
         if place not in self._chosen:
-            self._chosen[place] = (self._best_on_gpu if on_gpu else self._best_on_cpu)(given, own, place, learned)
+            self._chosen[place] = (
+                self._best_on_gpu(given, own, place, learned) if on_gpu else self._best_on_cpu(given, own, place)
+            )
         return self._chosen[place]
 
     def _best_on_cpu(
-        self, given: tuple[Any, ...], own: dict[str, Tensor], place: tuple[Any, ...], learned: bool
+        self, given: tuple[Any, ...], own: dict[str, Tensor], place: tuple[Any, ...]
     ) -> Callable[..., Tensor]:
         """The fastest of all that there is."""
         made = {"plain": self.plain, **dict(self._on_cpu(given, own))}

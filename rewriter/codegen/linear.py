@@ -14,7 +14,7 @@ from rewriter.codegen.linear_configs import contenders
 from rewriter.codegen.linear_formula import LinearFormula, LinearState, state_heads
 from rewriter.codegen.linear_fragments import LinearBlocks, source
 from rewriter.codegen.linear_launch import Launch, cumulated, empty, flat, module_of, operands, unflat
-from rewriter.codegen.tuning import as_called, fastest
+from rewriter.codegen.tuning import as_called, fastest, up_to
 from rewriter.errors import OptionError
 from rewriter.target import Target
 
@@ -58,7 +58,7 @@ class LinearKernel:
         if captured or any(each is not None and transformed(each) for each in given):
             return self.blocks(query)  # nothing can be timed
         learned = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
-        lengths = [1 << (each.shape[2] - 1).bit_length() for each in (query, key)]
+        lengths = up_to(query.shape[2]), up_to(key.shape[2])
         heads = [each.shape[1] for each in (query, key, value)]
         sizes = (len(query), *heads, *lengths, query.shape[3], value.shape[3], padding is not None, learned)
         known_by = (self.formula, query.dtype, query.device, *sizes)

@@ -6,13 +6,12 @@ import itertools
 
 import torch
 
-from rewriter.codegen.ahead import SHARED_KIB, parse_target
+from rewriter.codegen.ahead import REGISTERS, SHARED_KIB, parse_target
 from rewriter.codegen.blocks import promising
 from rewriter.codegen.fragments import power
 from rewriter.codegen.linear_formula import LinearFormula
 from rewriter.codegen.linear_fragments import LinearBlocks
 
-_REGISTERS = 255
 _SIZES = (32, 64, 128)
 _PER_NUMBER, _PER_STATE = 200.0, 1600.0
 """What it costs to read a number of an operand, and to write a number of a state, pass it on and read it, in products:
@@ -49,6 +48,6 @@ def _fitting(
         registers = (rows * wider + 2 * rows * chunk) / (warps * parse_target(target).warp_size)
         shared = blocks.num_stages * (2 * chunk + wider) * wider * dtype.itemsize
         whole = block_f <= max(power(features), least) and block_e <= max(power(values), least)
-        if whole and registers <= _REGISTERS and shared <= SHARED_KIB[target] * 1024:
+        if whole and registers <= REGISTERS and shared <= SHARED_KIB[target] * 1024:
             found.append(blocks)
     return found

@@ -147,7 +147,9 @@ class Ordered(Generated):
         self, given: tuple[Any, ...], own: dict[str, Tensor]
     ) -> tuple[Formula, dict[str, Tensor], tuple[Tensor, Tensor]]:
         (query, key), order = given[:2], self.orders(*given[:2], **own)
-        return self.formula, order.said, (picked(*table(query, order.queries)), picked(*table(key, order.keys)))
+        shown = ((query, order.queries), (key, order.keys))
+        query, key = (x[:, :1, :1].expand(-1, *at.shape[1:], -1) for x, at in shown)  # of their shapes, without a copy
+        return self.formula, order.said, (query, key)
 
     def _called(self, made: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **own: Tensor) -> Tensor:

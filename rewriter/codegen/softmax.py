@@ -16,7 +16,7 @@ from rewriter.codegen.blocks import Runs, lists_of, promising, work
 from rewriter.codegen.configs import candidates, default, with_splits
 from rewriter.codegen.expression import Expression, kinds_of
 from rewriter.codegen.formula import Formula
-from rewriter.codegen.fragments import KERNELS, Blocks, captured, source
+from rewriter.codegen.fragments import KERNELS, Blocks, captured, power, source
 from rewriter.codegen.source import loaded
 from rewriter.errors import OptionError
 from rewriter.target import Target
@@ -188,7 +188,7 @@ def launched(
     rows = groups * q_len if packed else q_len
     k_blocks = -(-kv_len // blocks.block_n)
     if rows <= blocks.block_m:  # a step of decoding: no larger block than it has rows, and work for every processor
-        blocks = replace(blocks, block_m=max(16, 1 << (rows - 1).bit_length()))
+        blocks = replace(blocks, block_m=power(rows))
         if "forward" not in kernel.blocks:
             blocks = with_splits(blocks, batch * (kv_heads if packed else heads), k_blocks, _processors(query.device))
     splits = min(blocks.splits, k_blocks) if q_len <= blocks.block_m else 1

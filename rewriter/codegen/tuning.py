@@ -30,6 +30,11 @@ def fastest(what: str, place: Any, calls: Mapping[str, Callable[[], object]], de
     return min(taken, key=taken.__getitem__, default=None)
 
 
+def up_to(length: int) -> int:
+    """The next power of two. A cache grows with every call: lengths up to it have one answer."""
+    return 1 << (length - 1).bit_length()
+
+
 def as_called(
     run: Callable[..., Tensor], given: tuple[Tensor | None, ...], named: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Callable[[], object]:
